@@ -1,0 +1,126 @@
+"""Every use of torch's private API, each with its reason. Checked on torch 2.11, 2.13 and 2.15.
+
+Nothing else in fewbit-fx imports from a ``torch._*`` module or reads a private attribute of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo import register_backend  # the registry behind torch.compile(backend="name")
+from torch._functorch.partitioners import _size_of
+from torch._guards import CompileContext
+from torch._inductor.custom_graph_pass import CustomPartitionerFn  # base class Inductor asserts
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import py_sym_types
+from torch.fx.experimental.symbolic_shapes import statically_known_true  # reads, never adds a guard
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = [
+    "CustomPartitionerFn",
+    "compile_id",
+    "compile_with_inductor",
+    "inductor_decompositions",
+    "inductor_options",
+    "hint",
+    "is_symbol",
+    "nbytes",
+    "partition_only",
+    "real_mode",
+    "register_backend",
+    "statically_known_true",
+    "storage_key",
+]
+
+
+def real_mode() -> AbstractContextManager[Any]:
+    """Leave the fake tensor mode that is active in a partitioner, to compute on real numbers."""
+    return _disable_current_modes()
+
+
+def nbytes(node: fx.Node) -> int:
+    """Bytes of a node's value by the partitioner's own count, with hints for symbolic sizes."""
+    return int(_size_of(node))
+
+
+def storage_key(node: fx.Node) -> object:
+    """The same for two nodes exactly if they are views of one storage."""
+    value = node.meta.get("val")
+    if isinstance(value, FakeTensor):
+        return value.untyped_storage()._cdata  # fake storages have no data_ptr to compare
+    return node
+
+
+def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """The decompositions that a graph after AOTAutograd has been through; Inductor expects no others."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def is_symbol(node: fx.Node) -> bool:
+    """Whether a node's value is a symbolic size or number, not a tensor."""
+    return isinstance(node.meta.get("val"), py_sym_types)
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The size itself, or the size at which a symbolic one was first seen."""
+    if isinstance(size, int):
+        return size
+    found = size.node.hint
+    return int(found) if found is not None else 4096  # the partitioner's own fallback
+
+
+def compile_id() -> str:
+    """Dynamo's id of the compilation under way, such as ``0/1`` (frame/recompile), or ``-``."""
+    current = CompileContext.current_compile_id()
+    return str(current) if current is not None else "-"
+
+
+def inductor_options() -> frozenset[str]:
+    """Names of all Inductor options, as ``torch.compile(options=...)`` takes them."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy())
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    partitioner: CustomPartitionerFn,
+    mode: str | None,
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    """``torch.compile(backend="inductor", mode=mode, options=options)`` with our partitioner.
+
+    torch's own wrapper resolves the mode and checks option names and types.
+    """
+    wrapper = torch._TorchCompileInductorWrapper(mode, options, None)
+    wrapper.config["custom_partitioner_fn"] = partitioner
+    return wrapper(gm, list(example_inputs))  # type: ignore[no-any-return]
+
+
+def partition_only(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    partitioner: CustomPartitionerFn,
+) -> Callable[..., Any]:
+    """The same way of a graph up to and with the partition, then plain ATen instead of kernels."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def run_eagerly(graph: fx.GraphModule, _inputs: Sequence[Any], **_kwargs: Any) -> Any:
+        from functorch.compile import make_boxed_func
+
+        return make_boxed_func(graph.forward)
+
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # its entries need kernels
+        return compile_fx(  # type: ignore[no-any-return]
+            gm,
+            list(example_inputs),
+            inner_compile=run_eagerly,
+            config_patches={"custom_partitioner_fn": partitioner},
+        )

@@ -1,0 +1,113 @@
+"""The torch.compile backend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from fewbit_fx._torch import compile_with_inductor, inductor_options
+from fewbit_fx.config import FewBitConfig
+from fewbit_fx.history import History
+from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.passes.record import GraphRecord
+from fewbit_fx.report import Report
+
+
+class FewBitBackend:
+    """A backend for ``torch.compile(model, backend=...)``: Inductor, with few-bit saved tensors.
+
+    Made by :func:`backend`; its own report covers just the graphs that it compiled.
+    """
+
+    __name__ = "fewbit"  # what torch's messages call the backend
+
+    def __init__(self, config: FewBitConfig, mode: str | None, options: Mapping[str, Any]) -> None:
+        self.config = config
+        self._mode = mode
+        self._options = dict(options)
+        self._history = History()
+
+    def __repr__(self) -> str:
+        return f"fewbit_fx.backend({self.config!r}, mode={self._mode!r}, options={self._options!r})"
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Called by Dynamo once per graph, with what torch.compile was given beside the backend."""
+        config, inductor = split_options(options or {}, self.config)
+        partitioner = FewBitPartitioner(config, self._remember)
+        return compile_with_inductor(
+            gm, example_inputs, partitioner, mode or self._mode, {**self._options, **inductor}
+        )
+
+    def last_report(self) -> Report:
+        """What happened to the graphs that this backend compiled; see :class:`fewbit_fx.Report`."""
+        return self._history.report()
+
+    def _remember(self, record: GraphRecord) -> None:
+        self._history.add(record)
+        _all_backends.add(record)
+
+
+_all_backends = History()
+
+
+def last_report() -> Report:
+    """What happened to the graphs that any fewbit backend compiled in this process.
+
+    A recompiled graph replaces its predecessor. Empty before the first forward that requires gradients.
+    """
+    return _all_backends.report()
+
+
+def backend(*, mode: str | None = None, options: Mapping[str, Any] | None = None, **fewbit: Any) -> FewBitBackend:
+    """A backend object for ``torch.compile(model, backend=fewbit_fx.backend(bits=3))``.
+
+    Args:
+        mode: A mode of torch.compile, such as ``"max-autotune"``.
+        options: Any Inductor options, and fewbit options too.
+        **fewbit: Options of :class:`fewbit_fx.FewBitConfig`.
+
+    Raises:
+        TypeError, ValueError: An unknown option, or one with a value that is not allowed.
+    """
+    config, inductor = split_options({**(options or {}), **fewbit}, FewBitConfig())
+    return FewBitBackend(config, mode, inductor)
+
+
+def split_options(options: Mapping[str, Any], config: FewBitConfig) -> tuple[FewBitConfig, dict[str, Any]]:
+    """Split a flat mapping into fewbit's configuration (on top of ``config``) and Inductor's options.
+
+    Raises:
+        ValueError: A name that is neither's, or ``custom_partitioner_fn``, which fewbit itself needs.
+    """
+    ours = {k: v for k, v in options.items() if k in FewBitConfig.option_names()}
+    theirs = {k: v for k, v in options.items() if k not in ours}
+    known = inductor_options()
+    for name, value in theirs.items():
+        if name == "custom_partitioner_fn":
+            raise ValueError(f"option {name!r} is {value!r}; it is not allowed, because fewbit is a partitioner itself")
+        if name.replace("-", "_") not in known:
+            raise ValueError(_unknown_option(name, value, known))
+    return config.updated(ours), theirs
+
+
+def _unknown_option(name: str, value: object, inductor: frozenset[str]) -> str:
+    ours = FewBitConfig.option_names()
+    near = difflib.get_close_matches(name, [*ours, *inductor], n=3)
+    hint = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
+    return (
+        f"unknown option {name!r} with value {value!r}{hint}; allowed are the fewbit options "
+        f"{', '.join(ours)}, and any option of torch._inductor.config"
+    )
+
+
+fewbit = backend()  # what torch.compile(backend="fewbit") calls

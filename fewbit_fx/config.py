@@ -1,0 +1,79 @@
+"""The options of the fewbit backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MIN_BITS, MAX_BITS = 1, 8
+
+
+def _option(default: Any, unit: str, doc: str) -> Any:
+    return field(default=default, metadata={"unit": unit, "doc": doc})
+
+
+@dataclass(frozen=True)
+class FewBitConfig:
+    """Every option of the fewbit backend, with its default.
+
+    Attributes:
+        bits: Bits stored per element in place of a nonlinearity's input. Whole number, 1 to 8.
+        min_numel: Tensors of fewer elements are left exact. Elements, 0 or more.
+        max_relative_error: A derivative whose best codebook has a larger relative error
+            (root mean square of the error over that of the derivative) is left exact.
+            A ratio, above 0.
+        derivatives: Code the derivatives of pointwise nonlinearities.
+        masks: Pack boolean masks (ReLU family, dropout) to one exact bit per element.
+        strict: Raise on a fault inside fewbit-fx, instead of one warning and the exact graph.
+
+    Raises:
+        TypeError: An option of the wrong type; the message names option, value and what is allowed.
+        ValueError: An option outside its range; likewise.
+    """
+
+    bits: int = _option(3, "bits per element", "size of the code of a derivative")
+    min_numel: int = _option(4096, "elements", "smaller tensors are left exact")
+    max_relative_error: float = _option(0.5, "ratio", "a derivative coded worse than this is left exact")
+    derivatives: bool = _option(True, "", "code derivatives of pointwise nonlinearities")
+    masks: bool = _option(True, "", "pack boolean masks to one exact bit")
+    strict: bool = _option(False, "", "raise on an internal fault")
+
+    def __post_init__(self) -> None:
+        allowed = f"a whole number from {MIN_BITS} to {MAX_BITS}"
+        _require_int("bits", self.bits, allowed)
+        _require("bits", self.bits, MIN_BITS <= self.bits <= MAX_BITS, allowed)
+        allowed = "a whole number of elements, 0 or more"
+        _require_int("min_numel", self.min_numel, allowed)
+        _require("min_numel", self.min_numel, self.min_numel >= 0, allowed)
+        allowed = "a number above 0"
+        if isinstance(self.max_relative_error, bool) or not isinstance(self.max_relative_error, (int, float)):
+            raise TypeError(_message("max_relative_error", self.max_relative_error, allowed))
+        _require("max_relative_error", self.max_relative_error, self.max_relative_error > 0, allowed)
+        for name in ("derivatives", "masks", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(_message(name, getattr(self, name), "True or False"))
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """Names of all options, in the order in which they are declared."""
+        return tuple(f.name for f in dataclasses.fields(cls))
+
+    def updated(self, options: Mapping[str, Any]) -> FewBitConfig:
+        """A new configuration with ``options`` replaced. Raises as the constructor does."""
+        return dataclasses.replace(self, **options)
+
+
+def _message(name: str, value: object, allowed: str) -> str:
+    return f"fewbit option {name!r} is {value!r} ({type(value).__name__}); allowed is {allowed}"
+
+
+def _require(name: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(_message(name, value, allowed))
+
+
+def _require_int(name: str, value: object, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(_message(name, value, allowed))

@@ -1,0 +1,73 @@
+"""Explain what fewbit would do to a model, without generating kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fewbit_fx._torch import partition_only
+from fewbit_fx.config import FewBitConfig
+from fewbit_fx.history import History
+from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.report import Report
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig | None = None, **kwargs: Any
+) -> Report:
+    """Trace ``model(*args, **kwargs)`` and report what fewbit does to its graphs.
+
+    The model runs forward once in plain ATen, without computing gradients. Its buffers and the random
+    state are put back afterwards; what Dynamo has compiled of it stays as it is.
+
+    Args:
+        model: A module or function, compiled or not.
+        *args: Inputs of the model. One of them, or a parameter, must require gradients.
+        fewbit_config: Other options than the default.
+        **kwargs: Further inputs of the model.
+
+    Returns:
+        The report; it prints as a table and has ``to_dict()``.
+    """
+    history = History()
+    config = fewbit_config or FewBitConfig()
+
+    def partition(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return partition_only(gm, example_inputs, FewBitPartitioner(config, history.add))
+
+    original = getattr(model, "_orig_mod", model)
+    devices = range(torch.cuda.device_count())
+    with _unchanged_buffers(original), torch.random.fork_rng(devices), torch.enable_grad():
+        torch.compile(_in_a_frame_of_its_own(original), backend=partition)(*args, **kwargs)
+    return history.report()
+
+
+def _in_a_frame_of_its_own(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Call the model from a new code object, so that Dynamo's cache for the model's own is not touched."""
+
+    def explained(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    code = explained.__code__.replace(co_name=f"explained_{next(_frames)}")
+    return types.FunctionType(code, globals(), closure=explained.__closure__)
+
+
+_frames = itertools.count()
+
+
+@contextlib.contextmanager
+def _unchanged_buffers(model: Callable[..., Any]) -> Iterator[None]:
+    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    before = [b.detach().clone() for b in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)

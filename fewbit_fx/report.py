@@ -1,0 +1,102 @@
+"""The report: what was coded, what was not and why, and the bytes that it came to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fewbit_fx.passes.record import GraphRecord, SiteRecord
+
+_COLUMNS = ("where", "function", "shape", "dtype", "what happened", "bytes before", "after", "rel. error")
+_RIGHT_ALIGNED = {"bytes before", "after", "rel. error"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What fewbit did to a model's graphs. ``print`` it, or take :meth:`to_dict`.
+
+    Attributes:
+        graphs: One record per compiled graph (graph breaks make several).
+    """
+
+    graphs: tuple[GraphRecord, ...]
+
+    @property
+    def sites(self) -> tuple[SiteRecord, ...]:
+        """All sites of all graphs."""
+        return tuple(site for graph in self.graphs for site in graph.sites)
+
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes saved for the backward under plain torch.compile, without parameters and buffers."""
+        return sum(graph.plain_bytes for graph in self.graphs)
+
+    @property
+    def fewbit_bytes(self) -> int:
+        """The same under fewbit."""
+        return sum(graph.fewbit_bytes for graph in self.graphs)
+
+    @property
+    def saving(self) -> float:
+        """Share of ``plain_bytes`` that fewbit does not save for the backward, 0 to 1."""
+        return 1 - self.fewbit_bytes / self.plain_bytes if self.plain_bytes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as plain dictionaries, lists, numbers and text (JSON-ready)."""
+        totals = {"plain_bytes": self.plain_bytes, "fewbit_bytes": self.fewbit_bytes, "saving": self.saving}
+        return {**totals, "graphs": [dataclasses.asdict(graph) for graph in self.graphs]}
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return "fewbit: no graph with a backward has been compiled yet"
+        return "\n\n".join([*map(_graph_text, self.graphs), self._totals()])
+
+    def _totals(self) -> str:
+        return (
+            f"bytes saved for backward: torch.compile {self.plain_bytes:,}   fewbit {self.fewbit_bytes:,}   "
+            f"({-self.saving:+.1%})"
+        )
+
+
+def _graph_text(graph: GraphRecord) -> str:
+    lines = [f"graph {graph.compile_id}" + (f": {graph.note}" if graph.note else "")]
+    if graph.sites:
+        lines += _table([_COLUMNS, *_rows(graph.sites)])
+    elif not graph.note:
+        lines.append("  no pointwise nonlinearity and no mask found")
+    return "\n".join(lines)
+
+
+def _rows(sites: Iterable[SiteRecord]) -> Iterable[tuple[str, ...]]:
+    """One row per kind of site: sites that differ only in the layer's number are counted together."""
+    for site in sites:
+        happened = site.action + (f", because {site.reason}" if site.reason else "")
+        yield (
+            _where(site),
+            site.function,
+            "x".join(map(str, site.shape)),
+            site.dtype,
+            happened,
+            f"{site.bytes_before:,}",
+            f"{site.bytes_after:,}",
+            f"{site.relative_error:.2%}" if site.relative_error else "exact",
+        )
+
+
+def _where(site: SiteRecord) -> str:
+    file = site.source_line.rsplit("/", 1)[-1]
+    return " ".join(part for part in (site.module, f"({file})" if file else "") if part) or "-"
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[c]) for row in rows) for c in range(len(_COLUMNS))]
+    lines = []
+    for row in rows:
+        cells = (
+            text.rjust(width) if name in _RIGHT_ALIGNED else text.ljust(width)
+            for text, width, name in zip(row, widths, _COLUMNS, strict=True)
+        )
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines

@@ -1,0 +1,5 @@
+"""Graph passes: from a joint forward+backward graph to a partition that saves few-bit codes.
+
+Read in this order: ``sites`` finds what could be coded, ``representation`` says how, ``plan`` decides for
+each site, ``gain`` drops what buys no memory, ``rewrite`` edits the graphs, ``partitioner`` runs them all.
+"""

@@ -1,0 +1,60 @@
+"""A partition: the forward and the backward graph, and the tensors that go from one to the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from fewbit_fx._torch import is_symbol, nbytes, storage_key
+from fewbit_fx.passes.graph import copy_module, output_values, placeholders, value_of
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The two graphs that torch's partitioners return.
+
+    The forward returns ``num_fwd_outputs`` values of the model, then the saved tensors, then saved
+    symbols. The backward takes the saved symbols, the saved tensors in the same order, then gradients.
+
+    Attributes:
+        forward: The forward graph.
+        backward: The backward graph.
+        num_fwd_outputs: How many outputs of the forward are the model's.
+        static_inputs: Positions of the forward's inputs that live anyway: parameters and buffers.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    num_fwd_outputs: int
+    static_inputs: tuple[int, ...]
+
+    def copy(self) -> Partition:
+        """The same partition with nodes of its own."""
+        return Partition(
+            copy_module(self.forward), copy_module(self.backward), self.num_fwd_outputs, self.static_inputs
+        )
+
+    def saved(self) -> list[fx.Node]:
+        """Nodes of the forward whose tensors are saved for the backward."""
+        values = output_values(self.forward.graph)[self.num_fwd_outputs :]
+        return [n for n in values if isinstance(n, fx.Node) and isinstance(value_of(n), Tensor)]
+
+    def saved_storages(self) -> dict[object, list[fx.Node]]:
+        """The saved tensors by storage, without those of parameters and buffers."""
+        inputs = placeholders(self.forward.graph)
+        alive = {storage_key(inputs[i]) for i in self.static_inputs}
+        found: dict[object, list[fx.Node]] = {}
+        for node in self.saved():
+            if storage_key(node) not in alive:
+                found.setdefault(storage_key(node), []).append(node)
+        return found
+
+    def saved_bytes(self) -> int:
+        """Bytes saved for the backward: each storage once, without parameters and buffers."""
+        return sum(max(map(nbytes, nodes)) for nodes in self.saved_storages().values())
+
+    def symbols(self) -> tuple[list[fx.Node], list[fx.Node]]:
+        """Placeholders that are sizes, of the forward and of the backward."""
+        forward, backward = (placeholders(g.graph) for g in (self.forward, self.backward))
+        return [n for n in forward if is_symbol(n)], [n for n in backward if is_symbol(n)]

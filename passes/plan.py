@@ -1,0 +1,58 @@
+"""Decide for each site how to represent it: the choice, before any graph is touched."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from fewbit_fx._torch import hint
+from fewbit_fx.codebook import Codebook, fit_codebook
+from fewbit_fx.config import FewBitConfig
+from fewbit_fx.functions import is_affine
+from fewbit_fx.passes.derivative import Derivative
+from fewbit_fx.passes.graph import value_of
+from fewbit_fx.passes.representation import Coded, Exact, PackedMask, Representation
+from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site, anchor
+from fewbit_fx.sampling import NotCodable, sample_derivative
+
+_RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+PRODUCT = "it is a product with a tensor, whose own values the backward needs"
+
+
+def choose(site: Site, config: FewBitConfig) -> Representation:
+    """The representation of one site by itself; whether it buys memory shows only after the cut."""
+    elements = hint(value_of(anchor(site)).numel())
+    if elements < config.min_numel:
+        return Exact(f"it has {elements:,} elements, fewer than min_numel = {config.min_numel:,}")
+    if any(n.meta.get("recompute") in _RECOMPUTE for n in _forward_nodes(site)):
+        return Exact("activation checkpointing computes it again in the backward")
+    if isinstance(site, MaskSite):
+        return PackedMask() if config.masks else Exact("masks are switched off (masks=False)")
+    if not config.derivatives:
+        return Exact("derivatives are switched off (derivatives=False)")
+    codebook = _fit(site.derivative, config.bits)
+    if isinstance(codebook, Exact):
+        return codebook
+    if codebook.relative_error > config.max_relative_error:
+        return Exact(
+            f"{config.bits} bits would leave a relative error of {codebook.relative_error:.0%}, "
+            f"above max_relative_error = {config.max_relative_error:.0%}"
+        )
+    return Coded(codebook)
+
+
+def _forward_nodes(site: Site) -> tuple[fx.Node, ...]:
+    return (site.source, *site.factors) if isinstance(site, DerivativeSite) else (site.mask,)
+
+
+@functools.lru_cache(maxsize=1024)  # layers share their derivative, and models their activations
+def _fit(derivative: Derivative, bits: int) -> Codebook | Exact:
+    try:
+        sample = sample_derivative(derivative.ideal)
+    except NotCodable as reason:
+        return Exact(PRODUCT if is_affine(derivative.ideal) else str(reason))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as fault:  # whatever an operation may raise
+        return Exact(f"its derivative cannot be evaluated: {fault}")
+    return fit_codebook(sample.values, sample.weights, bits)

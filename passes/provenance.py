@@ -1,0 +1,69 @@
+"""Where a site comes from in the user's model, read from the metadata that tracing left on nodes."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import torch
+from torch import fx
+
+from fewbit_fx.functions import is_affine, recognise
+from fewbit_fx.passes.derivative import Derivative
+from fewbit_fx.passes.graph import is_pointwise
+from fewbit_fx.passes.sites import DerivativeSite, Site
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_ROOT = re.compile(r"^L\[['\"]\w+['\"]\]\.?")
+_INDEX = re.compile(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]")
+_RANDOM = frozenset({torch.ops.prims.inductor_random.default})
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that the node was traced in, such as ``blocks.0.act``."""
+    for key in ("fwd_nn_module_stack", "nn_module_stack"):
+        stack = node.meta.get(key)
+        if stack:
+            path = str(list(stack.values())[-1][0])
+            return _INDEX.sub(r".\1", _ROOT.sub("", path)).lstrip(".")
+    return ""
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line`` of the innermost frame of the user's code, or ""."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return ":".join(frames[-1]) if frames else ""
+
+
+def function_name(site: Site) -> str:
+    """The activation's name, ``dropout``, ``mask``, ``product`` or ``custom``."""
+    if isinstance(site, DerivativeSite):
+        return _name(site.derivative) or "custom"
+    if _comes_from_chance(site.mask):
+        return "dropout"
+    return (site.derivative and _name(site.derivative)) or "mask"
+
+
+@functools.lru_cache(maxsize=1024)
+def _name(derivative: Derivative) -> str | None:
+    try:
+        known = recognise(derivative.ideal)
+        return known or ("product" if is_affine(derivative.ideal) else None)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # the plan gives the reason
+        return None
+
+
+def _comes_from_chance(node: fx.Node) -> bool:
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        if is_pointwise(current):
+            todo.extend(current.all_input_nodes)
+        elif _is_random(current):
+            return True
+    return False
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return node.target in _RANDOM or torch.Tag.nondeterministic_seeded in tags

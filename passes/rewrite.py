@@ -1,0 +1,144 @@
+"""Put the planned representations into a partition.
+
+    before   forward:  x -> y = f(x);  x saved              backward:  g' = g * f'(x)
+    after    forward:  x -> y = f(x);  planes = encode(f'(x)) saved
+                                                            backward:  g' = g * decode(planes)
+
+Torch's own passes over saved tensors (``activation_quantization_aten_pass``, inlined
+``saved_tensors_hooks``) edit the partitioned pair in the same way. The rest of the forward stays
+as torch.compile would have it, saved tensors included, and so do its kernels' roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, fx
+
+from fewbit_fx.passes.graph import after, by_name, output_values, placeholders, splice
+from fewbit_fx.passes.partition import Partition
+from fewbit_fx.passes.representation import Coded, Exact, PackedMask, Representation
+from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
+
+PREFIX = "fewbit_plane"
+
+
+def rewrite(partition: Partition, plan: Mapping[Site, Representation]) -> Partition:
+    """A rewritten copy of the partition. Sites with one x, derivative and codebook share their planes."""
+    rewriter = _Rewriter(partition.copy())
+    for site, representation in plan.items():
+        match site, representation:
+            case DerivativeSite(), Coded():
+                rewriter.code(site, representation)
+            case MaskSite(), PackedMask():
+                rewriter.pack(site, representation)
+            case _, Exact():
+                pass
+            case _:
+                raise AssertionError(f"{representation} does not represent a {type(site).__name__}")
+    return rewriter.finish()
+
+
+class _Rewriter:
+    """Rewrites one partition in place, site by site."""
+
+    def __init__(self, partition: Partition) -> None:
+        self._partition = partition
+        self._forward = by_name(partition.forward.graph)
+        self._backward = by_name(partition.backward.graph)
+        self._symbols, self._backward_symbols = partition.symbols()
+        inputs = placeholders(partition.backward.graph)
+        self._behind_planes = next(n for n in inputs if n not in self._backward_symbols)
+        self._planes: list[fx.Node] = []
+        self._shared: dict[object, list[fx.Node]] = {}
+
+    def code(self, site: DerivativeSite, coded: Coded) -> None:
+        """Save the code of f'(x), and let the exit gradient be computed from it."""
+        key = (site.source, site.derivative, coded)
+        if key not in self._shared:
+            x = self._in_forward(site.source)
+            self._shared[key] = self._save(
+                x, lambda value, *_: coded.encode(site, value), coded.codebook.bits
+            )
+        planes = self._shared[key]
+        exit_node = self._backward[site.exit.name]
+
+        def gradient(g: Tensor, *rest: Tensor) -> list[Tensor]:
+            return [coded.gradient(site, g, list(rest[: len(planes)]))]
+
+        inputs = [self._backward[site.entry.name], *planes, *self._backward_symbols]
+        (replacement,) = splice(gradient, inputs, exit_node, exit_node)
+        exit_node.replace_all_uses_with(replacement)
+        self._backward[site.exit.name] = replacement  # the next site may begin where this one ends
+
+    def pack(self, site: MaskSite, packed: PackedMask) -> None:
+        """Save the mask as one bit plane, and unpack it for whatever reads it in the backward."""
+        planes = self._save(self._in_forward(site.mask), lambda value, *_: packed.encode(site, value), 1)
+        mask = self._backward[site.mask.name]
+        readers = list(mask.users)
+
+        def unpack(plane: Tensor, *_: Tensor) -> list[Tensor]:
+            return [packed.decode(site, plane)]
+
+        (unpacked,) = splice(unpack, [*planes, *self._backward_symbols], min(readers), readers[0])
+        mask.replace_all_uses_with(unpacked)
+
+    def finish(self) -> Partition:
+        """Drop what is no longer saved, from both graphs alike, and save the planes."""
+        backward = self._partition.backward.graph
+        backward.eliminate_dead_code()
+        unread = {n.name for n in placeholders(backward) if not n.users}
+        dropped = unread & {n.name for n in self._partition.saved()}
+        for name in dropped:
+            backward.erase_node(self._backward[name])
+        self._return_planes(dropped)
+        for graph_module in (self._partition.forward, self._partition.backward):
+            graph_module.graph.eliminate_dead_code()
+            graph_module.graph.lint()
+            graph_module.recompile()
+        return self._partition
+
+    def _save(self, value: fx.Node, encode: object, count: int) -> list[fx.Node]:
+        """Encode a value of the forward; returns the planes' placeholders in the backward."""
+        first = len(self._planes)
+        names = [f"{PREFIX}_{i}" for i in range(first, first + count)]
+        assert callable(encode)
+        before = after(max([value, *self._symbols]))
+        planes = splice(encode, [value, *self._symbols], before, value, names)
+        self._planes += planes
+        loaded = []
+        graph = self._partition.backward.graph
+        with graph.inserting_before(self._behind_planes):
+            for plane in planes:
+                placeholder = graph.placeholder(plane.name)
+                placeholder.meta = dict(plane.meta)
+                loaded.append(placeholder)
+        return loaded
+
+    def _in_forward(self, node: fx.Node) -> fx.Node:
+        """The forward's node of this name; computed anew where the forward had no use for it."""
+        known = self._forward.get(node.name)
+        if known is not None:
+            return known
+        assert node.op == "call_function", f"the forward lacks its input {node.name}"
+        inputs = {n: self._in_forward(n) for n in node.all_input_nodes}
+        graph = self._partition.forward.graph
+        with graph.inserting_before(after(max(inputs.values()))):
+            copied = graph.node_copy(node, lambda n: inputs[n])
+        self._forward[node.name] = copied
+        return copied
+
+    def _return_planes(self, dropped: set[str]) -> None:
+        graph = self._partition.forward.graph
+        output = graph.output_node()
+        split = self._partition.num_fwd_outputs
+        values = output_values(graph)
+        kept = [i for i, n in enumerate(values) if i < split or not (isinstance(n, fx.Node) and n.name in dropped)]
+        # The lists in the output's metadata run parallel to the outputs; a plane takes the entry of
+        # the first saved value.
+        order: Sequence[int] = [*kept[:split], *[split] * len(self._planes), *kept[split:]]
+        for key in ("desc", "output_stack_traces"):
+            entries = output.meta.get(key)
+            if isinstance(entries, (list, tuple)) and len(entries) == len(values):
+                output.meta[key] = [entries[i] for i in order]
+        output.args = (tuple([*values[:split], *self._planes, *[values[i] for i in kept[split:]]]),)

@@ -1,0 +1,245 @@
+"""Find what could be coded in a joint graph, from its shape alone, with no list of activations.
+
+A derivative site is a region of pointwise operations of the backward with one way in and one out:
+
+    entry g  ->  [ * , / , neg, convert, where, + of branches ]  ->  exit g' = g * d(x)
+                      ^ factors, all pointwise functions of one forward tensor x
+
+A mask site is a boolean tensor of the forward that the backward reads other than to make a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fewbit_fx.passes.derivative import Derivative, NotEvaluable
+from fewbit_fx.passes.graph import (
+    COPIES,
+    ancestors,
+    aten,
+    constant_value,
+    descendants,
+    is_pointwise,
+    prims,
+    same_shape,
+    tangents,
+    value_of,
+)
+
+_UNARY_LINEAR = frozenset({aten.neg.default, prims.convert_element_type.default}) | COPIES
+_SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
+
+
+@dataclass(frozen=True)
+class DerivativeSite:
+    """A region of the backward that multiplies the gradient by a function of one forward tensor.
+
+    Attributes:
+        entry: Gradient that flows in.
+        exit: Gradient that flows out; the only node of the region that a rewrite replaces.
+        source: The forward tensor x.
+        factors: Forward tensors that the exact region reads, each a function of ``source``.
+        derivative: The factor as a function of x.
+    """
+
+    entry: fx.Node
+    exit: fx.Node
+    source: fx.Node
+    factors: tuple[fx.Node, ...]
+    derivative: Derivative
+
+
+@dataclass(frozen=True)
+class MaskSite:
+    """A boolean tensor of the forward that the backward reads.
+
+    Attributes:
+        mask: The boolean node.
+        derivative: The factor that it alone decides, as a function of a float tensor, where it does.
+    """
+
+    mask: fx.Node
+    derivative: Derivative | None = None
+
+
+Site = DerivativeSite | MaskSite
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A region that multiplies the gradient by something that cannot be read off; the reason says why."""
+
+    exit: fx.Node
+    reason: str
+
+
+def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Unreadable]]:
+    """All sites of a joint graph, in the order of its nodes, and the regions that could not be read."""
+    backward = descendants(tangents(graph))
+    regions, unreadable = _find_regions(graph, backward)
+    sites: list[Site] = []
+    deciding: dict[fx.Node, Derivative | None] = {}
+    for region, derivative in regions.items():
+        if region.mask is not None:
+            deciding.setdefault(region.mask, derivative)
+        else:
+            assert region.source is not None and derivative is not None, "gradients are not boolean"
+            sites.append(DerivativeSite(region.entry, region.exit, region.source, region.factors, derivative))
+    sites += [MaskSite(m, deciding.get(m)) for m in _find_masks(graph, backward)]
+    return sorted(sites, key=anchor), unreadable
+
+
+def anchor(site: Site) -> fx.Node:
+    """The node that stands for a site: its exit gradient or its mask."""
+    return site.exit if isinstance(site, DerivativeSite) else site.mask
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Operations from entry to exit, linear in the entry, and where their factors come from.
+
+    ``sources`` are the nodes that each by itself determines all the factors, the nearest first.
+    """
+
+    entry: fx.Node
+    exit: fx.Node
+    nodes: frozenset[fx.Node]
+    factors: tuple[fx.Node, ...]
+    sources: tuple[fx.Node, ...]
+
+    @property
+    def mask(self) -> fx.Node | None:
+        """The nearest boolean tensor that alone decides the factor."""
+        return next((s for s in self.sources if value_of(s).dtype == torch.bool), None)
+
+    @property
+    def source(self) -> fx.Node | None:
+        """The farthest floating point tensor from which the factor follows."""
+        floats = [s for s in self.sources if value_of(s).dtype.is_floating_point]
+        return floats[-1] if floats else None
+
+    def derivative(self) -> Derivative | None:
+        """The factor as a function of the source, if there is one. Raises NotEvaluable."""
+        if self.source is None:
+            return None
+        nodes = set(self.nodes)
+        todo = list(self.factors) + [n for m in self.nodes for n in m.all_input_nodes if _is_constant(n)]
+        while todo:
+            node = todo.pop()
+            if node is not self.source and node not in nodes:
+                nodes.add(node)
+                todo.extend(node.all_input_nodes)
+        return Derivative.of_region(self.source, self.entry, sorted(nodes))
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return constant_value(node) is not None
+
+
+def _find_regions(
+    graph: fx.Graph, backward: set[fx.Node]
+) -> tuple[dict[_Region, Derivative | None], list[Unreadable]]:
+    regions: dict[_Region, Derivative | None] = {}
+    unreadable: list[Unreadable] = []
+    covered: set[fx.Node] = set()
+    for exit_node in reversed(graph.nodes):
+        if exit_node not in backward or exit_node in covered:
+            continue
+        region = _grow(exit_node, backward)
+        if region is None:
+            continue
+        covered |= region.nodes
+        try:
+            regions[region] = region.derivative()
+        except NotEvaluable as reason:
+            unreadable.append(Unreadable(exit_node, str(reason)))
+    return regions, unreadable
+
+
+def _grow(exit_node: fx.Node, backward: set[fx.Node]) -> _Region | None:
+    """The largest region that ends in ``exit_node`` and whose factors have a single source."""
+    best = None
+    nodes: set[fx.Node] = set()
+    factors: set[fx.Node] = set()
+    open_ends = {exit_node}
+    while True:
+        latest = max(open_ends)
+        gradients = linear_inputs(latest, backward)
+        if gradients is None or not all(same_shape(g, exit_node) for g in gradients):
+            return best
+        new_factors = {
+            n for n in latest.all_input_nodes if n not in backward and not _is_constant(n)
+        }
+        if not all(same_shape(f, exit_node) for f in new_factors):
+            return best
+        nodes.add(latest)
+        factors |= new_factors
+        open_ends = (open_ends - {latest}) | set(gradients)
+        if new_factors and not any(True for _ in _single_sources(factors)):
+            return best
+        if factors and len(open_ends) == 1:
+            (entry,) = open_ends
+            sources = tuple(_single_sources(factors))
+            in_order = tuple(sorted(factors))
+            best = _Region(entry, exit_node, frozenset(nodes), in_order, sources)
+
+
+def linear_inputs(node: fx.Node, backward: set[fx.Node]) -> list[fx.Node] | None:
+    """The gradients in which a pointwise node is linear, or None if it is not linear in them."""
+    if node.op != "call_function" or node not in backward:
+        return None
+    gradients = [a for a in node.args if isinstance(a, fx.Node) and a in backward]
+    others = [a for a in node.args if not (isinstance(a, fx.Node) and a in backward)]
+    if any(isinstance(a, fx.Node) and not isinstance(value_of(a), Tensor) for a in others):
+        return None
+    if node.target in _UNARY_LINEAR:
+        value = value_of(node)
+        return gradients if isinstance(value, Tensor) and value.dtype.is_floating_point else None
+    if node.target is aten.mul.Tensor:
+        return gradients if len(gradients) == 1 else None
+    if node.target is aten.div.Tensor:
+        return gradients if len(gradients) == 1 and node.args[0] is gradients[0] else None
+    if node.target in _SUMS:
+        return gradients if len(gradients) == 2 and not node.kwargs else None
+    if node.target is aten.where.self and node.args[0] not in backward:
+        zeros = all(isinstance(a, fx.Node) and constant_value(a) == 0 for a in others[1:])
+        return gradients if zeros else None
+    return None
+
+
+def _single_sources(factors: set[fx.Node]) -> Iterator[fx.Node]:
+    """Nodes that alone determine all the factors, the nearest first."""
+    front = set(factors)
+    shape = next(iter(factors))
+    while front:
+        if len(front) == 1:
+            yield next(iter(front))
+        latest = max(front)
+        if not is_pointwise(latest):
+            return
+        inputs = {n for n in latest.all_input_nodes if not _is_constant(n)}
+        if not all(same_shape(n, shape) for n in inputs):
+            return
+        front = (front - {latest}) | inputs
+
+
+def _find_masks(graph: fx.Graph, backward: set[fx.Node]) -> list[fx.Node]:
+    reads = ancestors(backward)  # what gradients are computed from
+    return [
+        node
+        for node in graph.nodes
+        if _is_boolean(node)
+        and not _is_constant(node)
+        and node.op != "placeholder"
+        and node not in backward
+        and any(user in reads and not _is_boolean(user) for user in node.users)
+    ]
+
+
+def _is_boolean(node: fx.Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dtype == torch.bool
