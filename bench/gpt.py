@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -99,7 +98,9 @@ class GPT(nn.Module):
         self.apply(_initialise)
         if config.lora_rank:
             for name, parameter in self.named_parameters():
-                parameter.requires_grad_(".down." in name and "attention" in name or ".up." in name and "attention" in name)
+                parameter.requires_grad_(
+                    (".down." in name and "attention" in name) or (".up." in name and "attention" in name)
+                )
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         x = self.drop(self.tokens(inputs) + self.positions.weight[: inputs.shape[1]])

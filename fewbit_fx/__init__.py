@@ -1,6 +1,6 @@
 """fewbit-fx: torch.compile with few-bit saved tensors.
 
-    model = torch.compile(model, backend="fewbit")
+model = torch.compile(model, backend="fewbit")
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from fewbit_fx._version import require_torch
 require_torch()
 
 from fewbit_fx._torch import register_backend  # noqa: E402  (only once torch is known to be new enough)
-from fewbit_fx.backend import FewBitBackend, backend, fewbit, last_report  # noqa: E402
 from fewbit_fx.config import FewBitConfig  # noqa: E402
-from fewbit_fx.explain import explain  # noqa: E402
+from fewbit_fx.dynamo_backend import FewBitBackend, backend, fewbit, last_report  # noqa: E402
+from fewbit_fx.explainer import explain  # noqa: E402
 from fewbit_fx.report import Report  # noqa: E402
 
 __all__ = ["FewBitBackend", "FewBitConfig", "Report", "backend", "explain", "fewbit", "last_report"]

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "CustomPartitionerFn",
+    "cache_folder",
     "compile_id",
     "compile_with_inductor",
     "inductor_decompositions",
@@ -30,6 +31,7 @@ __all__ = [
     "is_symbol",
     "nbytes",
     "partition_only",
+    "partition_settings",
     "real_mode",
     "register_backend",
     "statically_known_true",
@@ -75,6 +77,22 @@ def hint(size: int | torch.SymInt) -> int:
     return int(found) if found is not None else 4096  # the partitioner's own fallback
 
 
+def cache_folder() -> str:
+    """Where Inductor keeps its caches."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
+
+
+def partition_settings() -> str:
+    """The global settings, beside the graph itself, that decide what a partition saves."""
+    from torch._functorch import config
+
+    names = sorted(n for n in dir(config) if n.startswith(("activation_memory", "ban_recompute", "recompute_views")))
+    modes = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
+    return f"{[(n, getattr(config, n)) for n in names]} {modes}"
+
+
 def compile_id() -> str:
     """Dynamo's id of the compilation under way, such as ``0/1`` (frame/recompile), or ``-``."""
     current = CompileContext.current_compile_id()
@@ -99,9 +117,10 @@ def compile_with_inductor(
 
     torch's own wrapper resolves the mode and checks option names and types.
     """
-    wrapper = torch._TorchCompileInductorWrapper(mode, options, None)
+    wrapper: Any = torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call,unused-ignore]
     wrapper.config["custom_partitioner_fn"] = partitioner
-    return wrapper(gm, list(example_inputs))  # type: ignore[no-any-return]
+    compiled: Callable[..., Any] = wrapper(gm, list(example_inputs))
+    return compiled
 
 
 def partition_only(
@@ -118,9 +137,11 @@ def partition_only(
         return make_boxed_func(graph.forward)
 
     with torch._functorch.config.patch(enable_autograd_cache=False):  # its entries need kernels
-        return compile_fx(  # type: ignore[no-any-return]
+        compiled: Any = compile_fx(
             gm,
             list(example_inputs),
             inner_compile=run_eagerly,
             config_patches={"custom_partitioner_fn": partitioner},
         )
+    runnable: Callable[..., Any] = compiled
+    return runnable

@@ -161,5 +161,5 @@ def _merge(values: Array, weights: Array, max_points: int) -> tuple[Array, Array
         span = distinct[-1] - distinct[0]
         bins = np.minimum(((values - distinct[0]) / span * max_points).astype(np.int64), max_points - 1)
         _, index = np.unique(bins, return_inverse=True)
-    mass = np.bincount(index, weights=weights)
+    mass = np.bincount(index, weights=weights).astype(np.float64)
     return np.bincount(index, weights=weights * values) / mass, mass

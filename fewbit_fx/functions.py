@@ -34,8 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
     "leaky relu": F.leaky_relu,
-    "hardshrink": F.hardshrink,
-    "softshrink": F.softshrink,
+    "hard/softshrink": F.hardshrink,  # one derivative
     "atan": torch.atan,
     "squared relu": lambda x: torch.relu(x) ** 2,
     "exp": torch.exp,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from fewbit_fx.passes.record import GraphRecord, SiteRecord
 
-_COLUMNS = ("where", "function", "shape", "dtype", "what happened", "bytes before", "after", "rel. error")
-_RIGHT_ALIGNED = {"bytes before", "after", "rel. error"}
+_COLUMNS = ("where", "sites", "function", "shape", "dtype", "what happened", "bytes before", "after", "rel. error")
+_RIGHT_ALIGNED = {"sites", "bytes before", "after", "rel. error"}
 
 
 @dataclass(frozen=True)
@@ -63,31 +64,45 @@ class Report:
 def _graph_text(graph: GraphRecord) -> str:
     lines = [f"graph {graph.compile_id}" + (f": {graph.note}" if graph.note else "")]
     if graph.sites:
-        lines += _table([_COLUMNS, *_rows(graph.sites)])
+        groups = _grouped(graph.sites)
+        reasons = list(dict.fromkeys(site.reason for site, _ in groups if site.reason))
+        lines += _table([_COLUMNS, *(_row(site, where, reasons) for site, where in groups)])
+        lines += [f"  [{i}] left exact, because {reason}" for i, reason in enumerate(reasons, 1)]
     elif not graph.note:
         lines.append("  no pointwise nonlinearity and no mask found")
     return "\n".join(lines)
 
 
-def _rows(sites: Iterable[SiteRecord]) -> Iterable[tuple[str, ...]]:
-    """One row per kind of site: sites that differ only in the layer's number are counted together."""
+def _grouped(sites: Iterable[SiteRecord]) -> list[tuple[SiteRecord, list[str]]]:
+    """Sites that differ only in the numbers of their modules, as layers do, with their modules."""
+    groups: dict[SiteRecord, tuple[SiteRecord, list[str]]] = {}
     for site in sites:
-        happened = site.action + (f", because {site.reason}" if site.reason else "")
-        yield (
-            _where(site),
-            site.function,
-            "x".join(map(str, site.shape)),
-            site.dtype,
-            happened,
-            f"{site.bytes_before:,}",
-            f"{site.bytes_after:,}",
-            f"{site.relative_error:.2%}" if site.relative_error else "exact",
-        )
+        pattern = re.sub(r"\d+", "*", site.module)
+        _, modules = groups.setdefault(dataclasses.replace(site, module=pattern), (site, []))
+        modules.append(site.module)
+    return list(groups.values())
 
 
-def _where(site: SiteRecord) -> str:
-    file = site.source_line.rsplit("/", 1)[-1]
-    return " ".join(part for part in (site.module, f"({file})" if file else "") if part) or "-"
+def _row(site: SiteRecord, modules: list[str], reasons: list[str]) -> tuple[str, ...]:
+    count = len(modules)
+    return (
+        _where(site, modules),
+        str(count),
+        site.function,
+        "x".join(map(str, site.shape)) or "scalar",
+        site.dtype,
+        site.action + (f" [{reasons.index(site.reason) + 1}]" if site.reason else ""),
+        f"{count * site.bytes_before:,}",
+        f"{count * site.bytes_after:,}",
+        f"{site.relative_error:.2%}" if site.relative_error else "exact",
+    )
+
+
+def _where(site: SiteRecord, modules: list[str]) -> str:
+    distinct = len(set(modules)) > 1
+    module = re.sub(r"\d+", "*", site.module) if distinct else site.module
+    file = site.source_line.replace("\\", "/").rsplit("/", 1)[-1]
+    return " ".join(part for part in (module, f"({file})" if file else "") if part) or "-"
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

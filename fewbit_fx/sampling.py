@@ -15,15 +15,15 @@ from fewbit_fx.codebook import Array
 
 Function = Callable[[Array], Array]
 
-_REACH = 1e6  # the real line, for practical purposes
+_LINE = 1e6  # the real line, for practical purposes
 _COARSE_POINTS = 20_001
 _POINTS = 16_385
 _SETTLED = 1e-2  # share of the derivative's range within which it counts as having reached its limit
 _PERIODIC_WINDOW = 100.0  # for derivatives that never settle
-_DENSITY_WIDTH = 3.0  # half the window is this many standard deviations of the density
+_DEVIATIONS = 3.0  # from 0 to the end of the interval, in standard deviations of the density
 
 
-class NotCodable(Exception):
+class NotCodableError(Exception):
     """A derivative that few levels cannot stand for; the message says why."""
 
 
@@ -34,53 +34,51 @@ class Sample:
     Attributes:
         values: Derivative at the sampled x, shape (n,), float64.
         weights: Density of x at the sampled points, shape (n,), sum 1.
-        window: Least and greatest x sampled.
+        reach: The interval sampled is [-reach, reach].
     """
 
     values: Array
     weights: Array
-    window: tuple[float, float]
+    reach: float
 
 
 def sample_derivative(derivative: Function) -> Sample:
     """Sample ``derivative`` over the interval of x where it varies.
 
-    The density of x is normal, centred in that interval, with three standard deviations to each
-    side of it, on a uniform floor of one tenth, so that neither the bulk nor the tails go unserved.
+    The density of x is normal around 0, as pre-activations are, with three standard deviations to
+    the farther end of that interval, on a uniform floor of one tenth for the tails.
 
     Args:
         derivative: Elementwise function of a float64 array.
 
     Raises:
-        NotCodable: The derivative is unbounded, undefined on much of the line, or constant.
+        NotCodableError: The derivative is unbounded, undefined on much of the line, or constant.
     """
-    low, high = _window(derivative)
-    x = np.linspace(low, high, _POINTS)
+    reach = _reach(derivative)
+    x = np.linspace(-reach, reach, _POINTS)
     values = _evaluate(derivative, x)
-    z = (x - (low + high) / 2) / ((high - low) / 2) * _DENSITY_WIDTH
-    bell = np.exp(-0.5 * z * z)
+    bell = np.exp(-0.5 * (x / reach * _DEVIATIONS) ** 2)
     weights = 0.9 * bell / bell.sum() + 0.1 / len(x)
     defined = np.isfinite(values)
     if defined.mean() < 0.99:
-        raise NotCodable("its derivative is not defined on much of the interval where it varies")
+        raise NotCodableError("its derivative is not defined on much of the interval where it varies")
     weights = weights[defined]
-    return Sample(values[defined], weights / weights.sum(), (low, high))
+    return Sample(values[defined], weights / weights.sum(), reach)
 
 
-def _window(derivative: Function) -> tuple[float, float]:
-    x = _symmetric_grid(_REACH, _COARSE_POINTS)
+def _reach(derivative: Function) -> float:
+    """The least r such that the derivative varies on [-r, r] only."""
+    x = _symmetric_grid(_LINE, _COARSE_POINTS)
     values = _evaluate(derivative, x)
     defined = np.isfinite(values)
     if defined[np.abs(x) < 10].mean() < 0.99:
-        raise NotCodable("its derivative is not defined on much of the real line")
+        raise NotCodableError("its derivative is not defined on much of the real line")
     x, values = x[defined], values[defined]
     _require_bounded(derivative, x, values)
     span = float(values.max() - values.min())
     if span <= 1e-9 * max(1.0, float(np.abs(values).max())):
-        raise NotCodable("its derivative is constant")
-    low = -_settling_point(-x[::-1], values[::-1], span)
-    high = _settling_point(x, values, span)
-    return (low, high) if low < high else (-high, high)
+        raise NotCodableError("its derivative is constant")
+    return max(_settling_point(x, values, span), _settling_point(-x[::-1], values[::-1], span))
 
 
 def _symmetric_grid(reach: float, points: int) -> Array:
@@ -92,19 +90,19 @@ def _symmetric_grid(reach: float, points: int) -> Array:
 
 def _require_bounded(derivative: Function, x: Array, values: Array) -> None:
     """Neither the far tails nor a finer look may show a much larger derivative."""
-    inner = np.abs(values[np.abs(x) <= 1e-3 * _REACH]).max()
+    inner = np.abs(values[np.abs(x) <= 1e-3 * _LINE]).max()
     if np.abs(values).max() > 1.5 * inner + 1e-9:
-        raise NotCodable("its derivative grows without bound")
-    fine = _evaluate(derivative, _symmetric_grid(_REACH, 8 * _COARSE_POINTS))
+        raise NotCodableError("its derivative grows without bound")
+    fine = _evaluate(derivative, _symmetric_grid(_LINE, 8 * _COARSE_POINTS))
     if np.abs(fine[np.isfinite(fine)]).max() > 1.5 * inner + 1e-9:
-        raise NotCodable("its derivative grows without bound near a point")
+        raise NotCodableError("its derivative grows without bound near a point")
 
 
 def _settling_point(x: Array, values: Array, span: float) -> float:
-    """Least x beyond which the derivative stays near its limit at +infinity."""
+    """Distance from 0 beyond which the derivative stays near its limit at +infinity."""
     unsettled = np.flatnonzero(np.abs(values - values[-1]) > _SETTLED * span)
-    last = x[min(unsettled[-1] + 1, len(x) - 1)] if len(unsettled) else x[len(x) // 2]
-    return float(last) if last < 1e-2 * _REACH else _PERIODIC_WINDOW
+    last = abs(x[min(unsettled[-1] + 1, len(x) - 1)]) if len(unsettled) else 0.0
+    return float(last) if last < 1e-2 * _LINE else _PERIODIC_WINDOW
 
 
 def _evaluate(derivative: Function, x: Array) -> Array:

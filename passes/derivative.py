@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fewbit_fx.passes.graph import COPIES, constant_value, prims, value_of
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fewbit_fx._torch import real_mode
 from fewbit_fx.codebook import Array
-from fewbit_fx.passes.graph import COPIES, constant_value, prims, value_of
 
 _X, _GRADIENT = 0, 1  # where the program finds its inputs
 
 
-class NotEvaluable(Exception):
+class NotEvaluableError(Exception):
     """The region depends on something else than numbers and one tensor."""
 
 
@@ -57,7 +57,7 @@ class Derivative:
         """Read the program off ``nodes`` (in graph order, the last one is the exit).
 
         Raises:
-            NotEvaluable: A node needs a value other than ``source``, ``entry`` and numbers.
+            NotEvaluableError: A node needs a value other than ``source``, ``entry`` and numbers.
         """
         index = {source: Value(_X), entry: Value(_GRADIENT)}
         program = []
@@ -74,7 +74,8 @@ class Derivative:
             if step.target is torch.full:
                 kwargs["device"] = x.device
             values.append(step.target(*args, **kwargs))
-        return values[-1].expand(x.shape)
+        result: Tensor = values[-1]
+        return result.expand(x.shape)
 
     def ideal(self, x: Array) -> Array:
         """f'(x) in float64 throughout: what the graph means, free of its dtypes' rounding."""
@@ -99,7 +100,7 @@ def _instruction(node: fx.Node, index: Mapping[fx.Node, Value]) -> Instruction:
 
     def to_value(argument: fx.Node) -> Any:
         if argument not in index:
-            raise NotEvaluable(f"it depends on {argument.name}, which is not known when compiling")
+            raise NotEvaluableError(f"it depends on {argument.name}, which is not known when compiling")
         return index[argument]
 
     if node.target in COPIES:

@@ -8,18 +8,22 @@ So fewbit never saves more than torch.compile does, and never approximates for n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from torch import fx
-
-from fewbit_fx._torch import nbytes
 from fewbit_fx.passes.graph import ancestors, by_name, closure, output_values
 from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
+from torch import fx
+
+from fewbit_fx._torch import nbytes
+
+NOT_SAVED = "torch.compile saves nothing for it"
+NEEDED = "the backward needs its exact value for something else too, so a code would save nothing"
+NOT_SMALLER = "a code would be no smaller than what torch.compile saves for it"
 
 
 class Gain:
-    """Answers for one partition which codes are worth their bytes."""
+    """Answers for one partition which codes are not worth their bytes."""
 
     def __init__(self, partition: Partition) -> None:
         graph = partition.backward.graph
@@ -29,29 +33,42 @@ class Gain:
         self._bytes = [max(map(nbytes, nodes)) for nodes in storages]
         self._storage_of = {n.name: i for i, nodes in enumerate(storages) for n in nodes}
 
-    def worthwhile(self, cost: Mapping[Site, int]) -> set[Site]:
-        """The sites to code.
+    def idle(self, cost: Mapping[Site, int]) -> dict[Site, str]:
+        """The sites whose codes would buy nothing, each with the reason.
 
         Args:
             cost: Candidates, with the bytes that their codes take.
         """
-        coded = {site for site in cost if all(n.name in self._nodes for n in _touched(site))}
-        leaves = {site: self._leaves(site) for site in coded}
+        leaves = {site: self._leaves(site) for site in cost if self._is_read(site)}
+        verdicts = {site: NOT_SAVED for site in cost if not leaves.get(site)}
         while True:
-            reached = self._reached(coded)
-            masks = {site.mask.name for site in coded if isinstance(site, MaskSite)}
-            kept = {self._storage_of[name] for name in reached - masks if name in self._storage_of}
-            freed = {site: leaves[site] - kept for site in coded}
-            sharers = Counter(storage for storages in freed.values() for storage in storages)
-            idle = {
-                site
-                for site in coded
-                if sum(self._bytes[i] / sharers[i] for i in freed[site]) <= cost[site]
-                or (isinstance(site, MaskSite) and site.mask.name not in reached)
-            }
-            if not idle:
-                return coded
-            coded -= idle
+            coded = [site for site in cost if site not in verdicts]
+            found = dict(self._verdicts(coded, leaves, cost))
+            if not found:
+                return verdicts
+            verdicts |= found
+
+    def _verdicts(
+        self, coded: list[Site], leaves: Mapping[Site, set[int]], cost: Mapping[Site, int]
+    ) -> Iterator[tuple[Site, str]]:
+        """Sites that buy nothing if just these are coded."""
+        reached = self._reached(coded)
+        masks = {site.mask.name for site in coded if isinstance(site, MaskSite)}
+        kept = {self._storage_of[name] for name in reached - masks if name in self._storage_of}
+        freed = {site: leaves[site] - kept for site in coded}
+        sharers = Counter(storage for storages in freed.values() for storage in storages)
+        for site in coded:
+            if isinstance(site, MaskSite) and site.mask.name not in reached:
+                yield site, NOT_SAVED
+            elif not freed[site]:
+                yield site, NEEDED
+            elif sum(self._bytes[i] / sharers[i] for i in freed[site]) <= cost[site]:
+                yield site, NOT_SMALLER
+
+    def _is_read(self, site: Site) -> bool:
+        """Whether the backward has all the nodes that a rewrite of the site touches."""
+        ends = (site.entry, site.exit) if isinstance(site, DerivativeSite) else ()
+        return all(n.name in self._nodes for n in (*ends, *_exact_inputs(site)))
 
     def _reached(self, coded: Iterable[Site]) -> set[str]:
         """Names of what the backward reads where these sites are coded, their masks included."""
@@ -71,9 +88,3 @@ class Gain:
 
 def _exact_inputs(site: Site) -> tuple[fx.Node, ...]:
     return site.factors if isinstance(site, DerivativeSite) else (site.mask,)
-
-
-def _touched(site: Site) -> tuple[fx.Node, ...]:
-    """Nodes that the backward must have for the site to be rewritten there."""
-    ends = (site.entry, site.exit) if isinstance(site, DerivativeSite) else ()
-    return (*ends, *_exact_inputs(site))

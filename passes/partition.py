@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fewbit_fx.passes.graph import copy_module, output_values, placeholders, value_of
 from torch import Tensor, fx
 
 from fewbit_fx._torch import is_symbol, nbytes, storage_key
-from fewbit_fx.passes.graph import copy_module, output_values, placeholders, value_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Partition:
         return Partition(
             copy_module(self.forward), copy_module(self.backward), self.num_fwd_outputs, self.static_inputs
         )
+
+    def computed_in_backward(self) -> set[str]:
+        """Names of all operations of the backward, which are those of the joint graph."""
+        return {n.name for n in self.backward.graph.nodes if n.op == "call_function"}
 
     def saved(self) -> list[fx.Node]:
         """Nodes of the forward whose tensors are saved for the backward."""

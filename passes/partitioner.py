@@ -11,12 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from functorch.compile import min_cut_rematerialization_partition
-from torch import fx
-
-from fewbit_fx import codec
-from fewbit_fx._torch import CustomPartitionerFn, compile_id
-from fewbit_fx.config import FewBitConfig
 from fewbit_fx.passes.gain import Gain
 from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.plan import choose
@@ -24,10 +18,15 @@ from fewbit_fx.passes.record import GraphRecord, site_record, unreadable_record
 from fewbit_fx.passes.representation import Exact, Representation, code_bytes
 from fewbit_fx.passes.rewrite import rewrite
 from fewbit_fx.passes.sites import Site, find_sites
+from functorch.compile import min_cut_rematerialization_partition
+from torch import fx
+
+from fewbit_fx import codec
+from fewbit_fx._torch import CustomPartitionerFn, compile_id
+from fewbit_fx.config import FewBitConfig
 
 logger = logging.getLogger("fewbit_fx")
 
-NO_GAIN = "the backward needs its exact value for something else too, so a code would save nothing"
 NOT_SMALLER = "the rewritten graphs came out no smaller, so torch.compile's own are kept"
 
 
@@ -49,6 +48,7 @@ class FewBitPartitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """The forward and the backward graph. Called by Inductor with AOTAutograd's joint graph."""
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         static = kwargs.get("static_lifetime_input_indices") or ()
         plain = Partition(forward, backward, kwargs["num_fwd_outputs"], tuple(static))
@@ -73,7 +73,7 @@ class FewBitPartitioner(CustomPartitionerFn):
 
     def _compress(self, joint: fx.Graph, plain: Partition) -> tuple[Partition, GraphRecord]:
         """``joint`` is as the cut left it: without duplicates, with the names that the cut's graphs have."""
-        sites, unreadable = find_sites(joint)
+        sites, unreadable = find_sites(joint, plain.computed_in_backward())
         plan = _without_idle_codes({site: choose(site, self._config) for site in sites}, plain)
         chosen = plain
         if any(not isinstance(r, Exact) for r in plan.values()):
@@ -87,8 +87,8 @@ class FewBitPartitioner(CustomPartitionerFn):
 
 def _without_idle_codes(plan: dict[Site, Representation], partition: Partition) -> dict[Site, Representation]:
     cost = {s: size for s, r in plan.items() if (size := code_bytes(s, r)) is not None}
-    worthwhile = Gain(partition).worthwhile(cost)
-    return {s: r if isinstance(r, Exact) or s in worthwhile else Exact(NO_GAIN) for s, r in plan.items()}
+    idle = Gain(partition).idle(cost)
+    return {s: Exact(idle[s]) if s in idle else r for s, r in plan.items()}
 
 
 def _warn_of(fault: Exception) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 
+from fewbit_fx.passes.derivative import Derivative
+from fewbit_fx.passes.graph import value_of
+from fewbit_fx.passes.representation import Coded, Exact, PackedMask, Representation
+from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site, anchor
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -11,11 +15,7 @@ from fewbit_fx._torch import hint
 from fewbit_fx.codebook import Codebook, fit_codebook
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.functions import is_affine
-from fewbit_fx.passes.derivative import Derivative
-from fewbit_fx.passes.graph import value_of
-from fewbit_fx.passes.representation import Coded, Exact, PackedMask, Representation
-from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site, anchor
-from fewbit_fx.sampling import NotCodable, sample_derivative
+from fewbit_fx.sampling import NotCodableError, sample_derivative
 
 _RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 PRODUCT = "it is a product with a tensor, whose own values the backward needs"
@@ -32,7 +32,7 @@ def choose(site: Site, config: FewBitConfig) -> Representation:
         return PackedMask() if config.masks else Exact("masks are switched off (masks=False)")
     if not config.derivatives:
         return Exact("derivatives are switched off (derivatives=False)")
-    codebook = _fit(site.derivative, config.bits)
+    codebook = fitted_codebook(site.derivative, config.bits)
     if isinstance(codebook, Exact):
         return codebook
     if codebook.relative_error > config.max_relative_error:
@@ -48,10 +48,11 @@ def _forward_nodes(site: Site) -> tuple[fx.Node, ...]:
 
 
 @functools.lru_cache(maxsize=1024)  # layers share their derivative, and models their activations
-def _fit(derivative: Derivative, bits: int) -> Codebook | Exact:
+def fitted_codebook(derivative: Derivative, bits: int) -> Codebook | Exact:
+    """The codebook of a derivative, or why there is none; fitted once per derivative and process."""
     try:
         sample = sample_derivative(derivative.ideal)
-    except NotCodable as reason:
+    except NotCodableError as reason:
         return Exact(PRODUCT if is_affine(derivative.ideal) else str(reason))
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as fault:  # whatever an operation may raise
         return Exact(f"its derivative cannot be evaluated: {fault}")

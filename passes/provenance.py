@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
+from pathlib import Path
 
 import torch
-from torch import fx
-
-from fewbit_fx.functions import is_affine, recognise
 from fewbit_fx.passes.derivative import Derivative
 from fewbit_fx.passes.graph import is_pointwise
 from fewbit_fx.passes.sites import DerivativeSite, Site
+from torch import fx
+
+import fewbit_fx.codec
+from fewbit_fx.functions import is_affine, recognise
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _ROOT = re.compile(r"^L\[['\"]\w+['\"]\]\.?")
 _INDEX = re.compile(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]")
+_OWN_FOLDER = str(Path(fewbit_fx.codec.__file__).parent)
 _RANDOM = frozenset({torch.ops.prims.inductor_random.default})
 
 
@@ -32,6 +35,7 @@ def module_path(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """``file:line`` of the innermost frame of the user's code, or ""."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if not frame[0].startswith(_OWN_FOLDER)]  # explain's own call
     return ":".join(frames[-1]) if frames else ""
 
 

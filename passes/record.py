@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
-
-from fewbit_fx._torch import nbytes
 from fewbit_fx.passes.graph import value_of
 from fewbit_fx.passes.provenance import function_name, module_path, source_line
 from fewbit_fx.passes.representation import Coded, Exact, Representation, code_bytes
 from fewbit_fx.passes.sites import DerivativeSite, Site, Unreadable, anchor
+from torch import fx
+
+from fewbit_fx._torch import nbytes
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class SiteRecord:
         bytes_before: Bytes of the tensor that the derivative would otherwise be computed from.
         bytes_after: Bytes saved in its place; equal to ``bytes_before`` where left exact.
         relative_error: Of the derivative, root mean square over the codebook's density; 0 if exact.
+        levels: The codebook's levels; empty if exact.
     """
 
     module: str
@@ -41,6 +42,7 @@ class SiteRecord:
     bytes_before: int
     bytes_after: int
     relative_error: float
+    levels: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class GraphRecord:
 def site_record(site: Site, representation: Representation) -> SiteRecord:
     """The record of a site and its final representation."""
     node = site.source if isinstance(site, DerivativeSite) else site.mask
+    codebook = representation.codebook if isinstance(representation, Coded) else None
     return SiteRecord(
         **_whereabouts(anchor(site)),
         **_tensor(node),
@@ -73,7 +76,8 @@ def site_record(site: Site, representation: Representation) -> SiteRecord:
         action=representation.label,
         reason=representation.reason if isinstance(representation, Exact) else "",
         bytes_after=code_bytes(site, representation) or nbytes(node),
-        relative_error=representation.codebook.relative_error if isinstance(representation, Coded) else 0.0,
+        relative_error=codebook.relative_error if codebook else 0.0,
+        levels=codebook.levels if codebook else (),
     )
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from fewbit_fx.passes.graph import value_of
+from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
+from torch import Tensor
 
 from fewbit_fx.codebook import Codebook
 from fewbit_fx.codec import BitPlanes, decode, encode, plane_layout
-from fewbit_fx.passes.graph import value_of
-from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
 
 
 @dataclass(frozen=True)

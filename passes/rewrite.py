@@ -11,14 +11,13 @@ as torch.compile would have it, saved tensors included, and so do its kernels' r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor, fx
+from collections.abc import Callable, Mapping, Sequence
 
 from fewbit_fx.passes.graph import after, by_name, output_values, placeholders, splice
 from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.representation import Coded, Exact, PackedMask, Representation
 from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
+from torch import Tensor, fx
 
 PREFIX = "fewbit_plane"
 
@@ -57,9 +56,7 @@ class _Rewriter:
         key = (site.source, site.derivative, coded)
         if key not in self._shared:
             x = self._in_forward(site.source)
-            self._shared[key] = self._save(
-                x, lambda value, *_: coded.encode(site, value), coded.codebook.bits
-            )
+            self._shared[key] = self._save(x, lambda value, *_: coded.encode(site, value), coded.codebook.bits)
         planes = self._shared[key]
         exit_node = self._backward[site.exit.name]
 
@@ -98,11 +95,10 @@ class _Rewriter:
             graph_module.recompile()
         return self._partition
 
-    def _save(self, value: fx.Node, encode: object, count: int) -> list[fx.Node]:
+    def _save(self, value: fx.Node, encode: Callable[..., list[Tensor]], count: int) -> list[fx.Node]:
         """Encode a value of the forward; returns the planes' placeholders in the backward."""
         first = len(self._planes)
         names = [f"{PREFIX}_{i}" for i in range(first, first + count)]
-        assert callable(encode)
         before = after(max([value, *self._symbols]))
         planes = splice(encode, [value, *self._symbols], before, value, names)
         self._planes += planes
@@ -141,4 +137,4 @@ class _Rewriter:
             entries = output.meta.get(key)
             if isinstance(entries, (list, tuple)) and len(entries) == len(values):
                 output.meta[key] = [entries[i] for i in order]
-        output.args = (tuple([*values[:split], *self._planes, *[values[i] for i in kept[split:]]]),)
+        output.args = ((*values[:split], *self._planes, *(values[i] for i in kept[split:])),)

@@ -10,16 +10,13 @@ A mask site is a boolean tensor of the forward that the backward reads other tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
-
-from fewbit_fx.passes.derivative import Derivative, NotEvaluable
+from fewbit_fx.passes.derivative import Derivative, NotEvaluableError
 from fewbit_fx.passes.graph import (
     COPIES,
-    ancestors,
     aten,
     constant_value,
     descendants,
@@ -29,6 +26,7 @@ from fewbit_fx.passes.graph import (
     tangents,
     value_of,
 )
+from torch import Tensor, fx
 
 _UNARY_LINEAR = frozenset({aten.neg.default, prims.convert_element_type.default}) | COPIES
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
@@ -77,8 +75,13 @@ class Unreadable:
     reason: str
 
 
-def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Unreadable]]:
-    """All sites of a joint graph, in the order of its nodes, and the regions that could not be read."""
+def find_sites(graph: fx.Graph, computed: Collection[str]) -> tuple[list[Site], list[Unreadable]]:
+    """All sites of a joint graph, in the order of its nodes, and the regions that could not be read.
+
+    Args:
+        graph: Joint forward+backward graph after decomposition.
+        computed: Names of the nodes that the backward computes, recomputed ones included.
+    """
     backward = descendants(tangents(graph))
     regions, unreadable = _find_regions(graph, backward)
     sites: list[Site] = []
@@ -87,9 +90,11 @@ def find_sites(graph: fx.Graph) -> tuple[list[Site], list[Unreadable]]:
         if region.mask is not None:
             deciding.setdefault(region.mask, derivative)
         else:
-            assert region.source is not None and derivative is not None, "gradients are not boolean"
+            assert region.source is not None, "what is not boolean is floating point"
+            assert derivative is not None, "what has a source has a derivative"
             sites.append(DerivativeSite(region.entry, region.exit, region.source, region.factors, derivative))
-    sites += [MaskSite(m, deciding.get(m)) for m in _find_masks(graph, backward)]
+    inside = {n for region in regions if region.mask is None for n in region.program()}
+    sites += [MaskSite(m, deciding.get(m)) for m in _find_masks(graph, backward, inside, computed)]
     return sorted(sites, key=anchor), unreadable
 
 
@@ -122,10 +127,8 @@ class _Region:
         floats = [s for s in self.sources if value_of(s).dtype.is_floating_point]
         return floats[-1] if floats else None
 
-    def derivative(self) -> Derivative | None:
-        """The factor as a function of the source, if there is one. Raises NotEvaluable."""
-        if self.source is None:
-            return None
+    def program(self) -> set[fx.Node]:
+        """All that leads from the source and the entry to the exit."""
         nodes = set(self.nodes)
         todo = list(self.factors) + [n for m in self.nodes for n in m.all_input_nodes if _is_constant(n)]
         while todo:
@@ -133,16 +136,20 @@ class _Region:
             if node is not self.source and node not in nodes:
                 nodes.add(node)
                 todo.extend(node.all_input_nodes)
-        return Derivative.of_region(self.source, self.entry, sorted(nodes))
+        return nodes
+
+    def derivative(self) -> Derivative | None:
+        """The factor as a function of the source, if there is one. Raises NotEvaluableError."""
+        if self.source is None:
+            return None
+        return Derivative.of_region(self.source, self.entry, sorted(self.program()))
 
 
 def _is_constant(node: fx.Node) -> bool:
     return constant_value(node) is not None
 
 
-def _find_regions(
-    graph: fx.Graph, backward: set[fx.Node]
-) -> tuple[dict[_Region, Derivative | None], list[Unreadable]]:
+def _find_regions(graph: fx.Graph, backward: set[fx.Node]) -> tuple[dict[_Region, Derivative | None], list[Unreadable]]:
     regions: dict[_Region, Derivative | None] = {}
     unreadable: list[Unreadable] = []
     covered: set[fx.Node] = set()
@@ -155,7 +162,7 @@ def _find_regions(
         covered |= region.nodes
         try:
             regions[region] = region.derivative()
-        except NotEvaluable as reason:
+        except NotEvaluableError as reason:
             unreadable.append(Unreadable(exit_node, str(reason)))
     return regions, unreadable
 
@@ -171,9 +178,7 @@ def _grow(exit_node: fx.Node, backward: set[fx.Node]) -> _Region | None:
         gradients = linear_inputs(latest, backward)
         if gradients is None or not all(same_shape(g, exit_node) for g in gradients):
             return best
-        new_factors = {
-            n for n in latest.all_input_nodes if n not in backward and not _is_constant(n)
-        }
+        new_factors = {n for n in latest.all_input_nodes if n not in backward and not _is_constant(n)}
         if not all(same_shape(f, exit_node) for f in new_factors):
             return best
         nodes.add(latest)
@@ -227,8 +232,14 @@ def _single_sources(factors: set[fx.Node]) -> Iterator[fx.Node]:
         front = (front - {latest}) | inputs
 
 
-def _find_masks(graph: fx.Graph, backward: set[fx.Node]) -> list[fx.Node]:
-    reads = ancestors(backward)  # what gradients are computed from
+def _find_masks(
+    graph: fx.Graph, backward: set[fx.Node], in_derivatives: set[fx.Node], computed: Collection[str]
+) -> list[fx.Node]:
+    """Masks, but not those of masks, nor those read only within derivative sites: they follow from their x."""
+
+    def reads(user: fx.Node) -> bool:
+        return user.name in computed and user not in in_derivatives and not _is_boolean(user)
+
     return [
         node
         for node in graph.nodes
@@ -236,7 +247,7 @@ def _find_masks(graph: fx.Graph, backward: set[fx.Node]) -> list[fx.Node]:
         and not _is_constant(node)
         and node.op != "placeholder"
         and node not in backward
-        and any(user in reads and not _is_boolean(user) for user in node.users)
+        and any(map(reads, node.users))
     ]
 
 

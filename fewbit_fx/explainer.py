@@ -13,14 +13,12 @@ from torch import fx, nn
 
 from fewbit_fx._torch import partition_only
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.history import History
 from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.report import Report
 
 
-def explain(
-    model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig | None = None, **kwargs: Any
-) -> Report:
+def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig | None = None, **kwargs: Any) -> Report:
     """Trace ``model(*args, **kwargs)`` and report what fewbit does to its graphs.
 
     The model runs forward once in plain ATen, without computing gradients. Its buffers and the random
@@ -35,17 +33,17 @@ def explain(
     Returns:
         The report; it prints as a table and has ``to_dict()``.
     """
-    history = History()
+    records: list[GraphRecord] = []
     config = fewbit_config or FewBitConfig()
 
     def partition(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return partition_only(gm, example_inputs, FewBitPartitioner(config, history.add))
+        return partition_only(gm, example_inputs, FewBitPartitioner(config, records.append))
 
     original = getattr(model, "_orig_mod", model)
     devices = range(torch.cuda.device_count())
     with _unchanged_buffers(original), torch.random.fork_rng(devices), torch.enable_grad():
         torch.compile(_in_a_frame_of_its_own(original), backend=partition)(*args, **kwargs)
-    return history.report()
+    return Report(tuple(records))
 
 
 def _in_a_frame_of_its_own(model: Callable[..., Any]) -> Callable[..., Any]:

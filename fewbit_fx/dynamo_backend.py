@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import fx
 
-from fewbit_fx._torch import compile_with_inductor, inductor_options
+from fewbit_fx._torch import compile_id, compile_with_inductor, inductor_options
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.history import History
+from fewbit_fx.history import History, graph_identity
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.report import Report
+from fewbit_fx.report_cache import RecordFile
 
 
 class FewBitBackend:
@@ -41,20 +42,32 @@ class FewBitBackend:
         mode: str | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Callable[..., Any]:
-        """Called by Dynamo once per graph, with what torch.compile was given beside the backend."""
-        config, inductor = split_options(options or {}, self.config)
-        partitioner = FewBitPartitioner(config, self._remember)
-        return compile_with_inductor(
-            gm, example_inputs, partitioner, mode or self._mode, {**self._options, **inductor}
-        )
+        """Called by Dynamo once per graph, with what torch.compile was given beside the backend.
+
+        Args:
+            gm: Dynamo's graph.
+            example_inputs: Its inputs.
+            mode: A mode of torch.compile.
+            options: Options of fewbit and of Inductor, and ``"mode"``.
+        """
+        options = dict(options or {})
+        mode = options.pop("mode", mode)  # torch.compile takes either a mode or options
+        config, inductor = split_options(options, self.config)
+        records: list[GraphRecord] = []
+        partitioner = FewBitPartitioner(config, records.append)
+        file = RecordFile(gm, example_inputs, partitioner.uuid())
+        options = {**self._options, **inductor}
+        compiled = compile_with_inductor(gm, example_inputs, partitioner, mode or self._mode, options)
+        if records:
+            file.write(records)
+        identity = graph_identity(gm, example_inputs, compile_id())
+        for history in (self._history, _all_backends):
+            history.add(identity, records or file.read(compile_id()))
+        return compiled
 
     def last_report(self) -> Report:
         """What happened to the graphs that this backend compiled; see :class:`fewbit_fx.Report`."""
         return self._history.report()
-
-    def _remember(self, record: GraphRecord) -> None:
-        self._history.add(record)
-        _all_backends.add(record)
 
 
 _all_backends = History()

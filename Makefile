@@ -1,0 +1,39 @@
+# make demo    train a small GPT with and without fewbit (about 5 minutes)
+# make test    the tests
+# make lint    ruff and mypy
+# Another torch: TORCH=2.15.0 make test (in a virtual environment of its own)
+
+TORCH ?=
+PINNED := 2.13.0
+PYTHON ?= python3
+VENV := .venv$(if $(TORCH),-torch$(TORCH))
+BIN := $(VENV)/bin
+FLAGS ?=
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(BIN)/python -m bench.demo $(FLAGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest tests $(FLAGS)
+
+# Types are checked on the packages as they are installed, where passes/ is fewbit_fx.passes.
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/installed .
+	cd build/installed && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p fewbit_fx
+
+# torch comes first and alone, so that nothing else chooses its version.
+$(VENV)/environment: requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==$(or $(TORCH),$(PINNED))
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/installed: $(VENV)/environment pyproject.toml
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,66 @@
+"""Records beside Inductor's caches, so that a report is there after a warm start too.
+
+Where torch's caches spare a process the compilation, the passes do not run and record nothing. What
+they recorded when the graph was compiled lies in a file of the same cache folder, under a key of all
+that decides it. It informs only; nothing that is compiled depends on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fewbit_fx._torch import cache_folder, partition_settings
+from fewbit_fx.passes.record import GraphRecord, SiteRecord
+
+
+class RecordFile:
+    """The records of one graph.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: Its inputs, fake or real.
+        pass_key: The partitioner's key, which covers its sources and options.
+    """
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], pass_key: str) -> None:
+        parts = [pass_key, torch.__version__, partition_settings(), gm.code, *map(_describe, example_inputs)]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        self._path = Path(cache_folder()) / "fewbit" / f"{digest}.json"
+
+    def write(self, records: Iterable[GraphRecord]) -> None:
+        """Keep the records; a folder that cannot be written to is passed over."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps([dataclasses.asdict(r) for r in records]))
+        except OSError:
+            return
+
+    def read(self, compile_id: str) -> list[GraphRecord]:
+        """The records, under this compilation's id; none if there is no readable file."""
+        try:
+            found = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return []
+        return [_record(data, compile_id) for data in found]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        layout = tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad
+        return f"{type(value).__name__} {layout}"
+    return str(value)
+
+
+def _record(data: dict[str, Any], compile_id: str) -> GraphRecord:
+    sites = tuple(
+        SiteRecord(**{**site, "shape": tuple(site["shape"]), "levels": tuple(site["levels"])}) for site in data["sites"]
+    )
+    return GraphRecord(**{**data, "sites": sites, "compile_id": compile_id})

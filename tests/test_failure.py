@@ -1,0 +1,102 @@
+"""Failure is loud or harmless."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import STRICT, gradients, mlp, watch
+from torch import Tensor, nn
+
+import fewbit_fx
+
+
+def break_the_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("made to fail")
+
+    monkeypatch.setattr("fewbit_fx.passes.partitioner.rewrite", fail)
+
+
+def test_a_fault_warns_once_and_leaves_the_graph_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_the_rewrite(monkeypatch)
+    model, x = mlp(nn.GELU(), width=80), torch.randn(128, 32)  # in no cache yet
+    backend = fewbit_fx.backend()
+    with pytest.warns(
+        UserWarning, match="left a graph exact after a fault of its own .*made to fail.* strict=True"
+    ) as caught:
+        y = torch.compile(model, backend=backend)(x)
+    found = gradients(model, y.sum())
+    assert len([w for w in caught if "fewbit-fx" in str(w.message)]) == 1
+    torch.compiler.reset()
+    exact = torch.compile(model, backend="inductor")(x)
+    assert torch.equal(y, exact)
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(model, exact.sum()), strict=True))
+    (graph,) = backend.last_report().graphs
+    assert graph.plain_bytes == graph.fewbit_bytes
+    assert "made to fail" in str(backend.last_report())
+
+
+def test_strict_raises_the_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_the_rewrite(monkeypatch)
+    with pytest.raises(Exception, match="made to fail"):
+        torch.compile(mlp(nn.GELU(), width=96), backend=fewbit_fx.backend(strict=True))(torch.randn(128, 32))
+
+
+def test_a_rewrite_that_saves_nothing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewbit_fx.passes.partitioner.rewrite", lambda plain, plan: plain.copy())
+    seen = watch(mlp(nn.GELU()), torch.randn(128, 32))
+    assert seen.record.plain_bytes == seen.record.fewbit_bytes
+    assert "came out no smaller" in seen.record.sites[0].reason
+
+
+def test_a_site_that_cannot_be_evaluated_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbit_fx.passes.derivative import Derivative
+
+    def fail(self: Derivative, x: Any) -> Any:
+        raise NotImplementedError("no kernel for float64")
+
+    monkeypatch.setattr(Derivative, "ideal", fail)
+    fewbit_fx.passes.plan.fitted_codebook.cache_clear()
+    try:
+        seen = watch(mlp(nn.CELU(0.7)), torch.randn(128, 32))
+    finally:
+        fewbit_fx.passes.plan.fitted_codebook.cache_clear()
+    assert [s.reason for s in seen.record.sites if s.dtype != "bool"] == [
+        "its derivative cannot be evaluated: no kernel for float64"
+    ]
+
+
+def test_a_derivative_that_depends_on_a_number_unknown_when_compiling() -> None:
+    def scaled(x: Tensor, c: float) -> Tensor:
+        return torch.tanh(x * c)
+
+    x = torch.randn(128, 64, requires_grad=True)
+    backend = fewbit_fx.backend(strict=True, min_numel=0)
+    compiled = torch.compile(scaled, backend=backend)
+    for c in (0.5, 0.75, 1.25):
+        (found,) = torch.autograd.grad(compiled(x, c).sum(), x)
+        expected = c * (1 - torch.tanh(x * c) ** 2)
+        assert (found - expected).norm() <= 0.1 * expected.norm()
+    assert str(backend.last_report())
+
+
+def test_good_models_cause_no_warning() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch(mlp(nn.GELU()), torch.randn(128, 32), config=STRICT)
+    assert [w for w in caught if "fewbit" in str(w.message)] == []
+
+
+def test_the_cache_key_covers_sources_and_options() -> None:
+    from fewbit_fx.passes.partitioner import FewBitPartitioner
+
+    def key(**options: Any) -> Any:
+        return FewBitPartitioner(fewbit_fx.FewBitConfig(**options), lambda record: None).uuid()
+
+    assert key() == key()
+    keys = [key(), key(bits=2), key(min_numel=1), key(max_relative_error=0.1), key(derivatives=False), key(masks=False)]
+    keys.append(key(strict=True))
+    assert len(set(keys)) == len(keys) == 1 + len(fewbit_fx.FewBitConfig.option_names())

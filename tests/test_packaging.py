@@ -1,0 +1,58 @@
+"""What a user installs: a wheel without the repository around it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRAIN = """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+{before}
+assert "fewbit" in torch._dynamo.list_backends()
+compiled = torch.compile(model, backend="fewbit", options={{"strict": True}})
+compiled(torch.randn(128, 32)).sum().backward()
+import fewbit_fx
+print(fewbit_fx.__file__, [s.action for s in fewbit_fx.last_report().sites])
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(ROOT)], check=True)
+    (built,) = folder.glob("fewbit_fx-*.whl")
+    return built
+
+
+def test_the_wheel_holds_both_packages_and_nothing_at_top_level(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    expected = {f"fewbit_fx/{f.name}" for f in (ROOT / "fewbit_fx").glob("*.py")} | {"fewbit_fx/py.typed"}
+    expected |= {f"fewbit_fx/passes/{f.name}" for f in (ROOT / "passes").glob("*.py")}
+    assert {n for n in names if ".dist-info/" not in n} == expected
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+@pytest.mark.parametrize("before", ["", "import fewbit_fx"])
+def test_the_backend_is_there_by_name(wheel: Path, tmp_path: Path, before: str) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", TRAIN.format(before=before)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
+    assert "coded in 3 bits" in done.stdout
+
+
+def test_the_core_needs_torch_and_numpy_only(wheel: Path) -> None:
+    metadata = next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA"))
+    lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
+    required = [line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert required == ["Requires-Dist: torch>=2.11", "Requires-Dist: numpy>=1.24"]
