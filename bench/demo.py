@@ -1,6 +1,6 @@
 """Train a byte-level GPT twice, with backend inductor and with fewbit, and show what it bought.
 
-python -m bench.demo --bits 3 --steps 200
+python -m bench.demo --bits 3 --steps 400
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bench.plot import save_plot
 from bench.training import Batch, Runner, autocast
 
 SEED = 0
-BATCH = 8
+BATCH = 4
 BLOCK = 10  # steps that one backend takes before the other's turn
 VALIDATIONS = 5
 MiB = 2**20
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the flags and run."""
     parser = argparse.ArgumentParser(prog="bench.demo", description=__doc__)
     parser.add_argument("--bits", type=int, default=3, help="bits per coded element, 1 to 8 (default 3)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps of each run (default 200)")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of each run (default 400)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast")
     parser.add_argument("--lora", action="store_true", help="train only low-rank adapters on attention")
