@@ -69,4 +69,5 @@ def _draw_memory(axes: Any, results: Mapping[str, Any]) -> None:
     axes.set_xticks(range(len(shown)), list(shown.values()))
     axes.set(ylabel="MiB", title="less memory")
     if shown:
-        axes.legend(frameon=False)
+        axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # the legend's room
+        axes.legend(frameon=False, ncols=2)
