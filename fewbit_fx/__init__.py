@@ -1,6 +1,7 @@
 """fewbit-fx: torch.compile with few-bit saved tensors.
 
-model = torch.compile(model, backend="fewbit")
+model = torch.compile(model, backend="fewbit")    # a compiled model
+fewbit_fx.convert(model, bits=3)                   # an eager one
 """
 
 from __future__ import annotations
@@ -11,13 +12,33 @@ from fewbit_fx._version import require_torch
 
 require_torch()
 
-from fewbit_fx._torch import register_backend  # noqa: E402  (only once torch is known to be new enough)
+from fewbit_fx import density, functional, nn  # noqa: E402  (only once torch is known to be new enough)
+from fewbit_fx._torch import register_backend  # noqa: E402
 from fewbit_fx.config import FewBitConfig  # noqa: E402
+from fewbit_fx.conversion import convert  # noqa: E402
 from fewbit_fx.dynamo_backend import FewBitBackend, backend, fewbit, last_report  # noqa: E402
 from fewbit_fx.explainer import explain  # noqa: E402
+from fewbit_fx.fitting import codebook  # noqa: E402
+from fewbit_fx.levels import Codebook  # noqa: E402
 from fewbit_fx.report import Report  # noqa: E402
+from fewbit_fx.sampling import NotCodableError  # noqa: E402
 
-__all__ = ["FewBitBackend", "FewBitConfig", "Report", "backend", "explain", "fewbit", "last_report"]
+__all__ = [
+    "Codebook",
+    "FewBitBackend",
+    "FewBitConfig",
+    "NotCodableError",
+    "Report",
+    "backend",
+    "codebook",
+    "convert",
+    "density",
+    "explain",
+    "fewbit",
+    "functional",
+    "last_report",
+    "nn",
+]
 
 if not entry_points(group="torch_dynamo_backends", name="fewbit"):  # run from a checkout, not installed
     register_backend(fewbit, name="fewbit")

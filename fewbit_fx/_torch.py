@@ -16,7 +16,7 @@ from torch._functorch.partitioners import _size_of
 from torch._guards import CompileContext
 from torch._inductor.custom_graph_pass import CustomPartitionerFn  # base class Inductor asserts
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import py_sym_types
+from torch.fx.experimental.proxy_tensor import make_fx, py_sym_types
 from torch.fx.experimental.symbolic_shapes import statically_known_true  # reads, never adds a guard
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -36,6 +36,7 @@ __all__ = [
     "register_backend",
     "statically_known_true",
     "storage_key",
+    "trace_for_all_shapes",
 ]
 
 
@@ -55,6 +56,14 @@ def storage_key(node: fx.Node) -> object:
     if isinstance(value, FakeTensor):
         return value.untyped_storage()._cdata  # fake storages have no data_ptr to compare
     return node
+
+
+def trace_for_all_shapes(function: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor) -> fx.GraphModule:
+    """The ATen operations of a function, with symbolic shapes; real tensors it closes over are constants."""
+    traced = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(example)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
 
 
 def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
@@ -89,7 +98,12 @@ def partition_settings() -> str:
     from torch._functorch import config
 
     names = sorted(n for n in dir(config) if n.startswith(("activation_memory", "ban_recompute", "recompute_views")))
-    modes = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
+    autocast = [
+        (device, torch.get_autocast_dtype(device))
+        for device in torch._C._autocast_supported_devices()
+        if torch.is_autocast_enabled(device)
+    ]
+    modes = torch.is_grad_enabled(), autocast
     return f"{[(n, getattr(config, n)) for n in names]} {modes}"
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fewbit_fx._torch import hint, statically_known_true
-from fewbit_fx.codebook import Codebook
+from fewbit_fx.levels import bits_for, boundaries_between
 
 WORD_BITS = 32
 
@@ -70,11 +70,15 @@ class BitPlanes:
 
 def plane_layout(x: Tensor) -> BitPlanes:
     """The layout for planes of a tensor of this device, shape and strides."""
-    lanes = 32 if x.device.type == "cpu" else 1
-    return BitPlanes(lanes, _memory_order(x))
+    return BitPlanes(lanes_on(x.device), memory_order(x))
 
 
-def _memory_order(x: Tensor) -> tuple[int, ...]:
+def lanes_on(device: torch.device) -> int:
+    """The number of lanes that suits a device."""
+    return 32 if device.type == "cpu" else 1
+
+
+def memory_order(x: Tensor) -> tuple[int, ...]:
     """Dimensions from the largest stride to the smallest, or () where that is their own order."""
     strides = x.stride()
     if not all(isinstance(n, int) for n in strides):
@@ -83,35 +87,39 @@ def _memory_order(x: Tensor) -> tuple[int, ...]:
     return () if order == tuple(range(x.dim())) else order
 
 
-def encode(values: Tensor, codebook: Codebook, layout: BitPlanes) -> list[Tensor]:
-    """Code each value by its nearest level: ``codebook.bits`` planes, the most significant first.
+def encode(values: Tensor, levels: tuple[float, ...], layout: BitPlanes) -> list[Tensor]:
+    """Code each value by its nearest level: as many planes as the levels need bits, the most significant first.
 
     Bit by bit, each value is compared with the one boundary that its more significant bits have
     left in question: b comparisons, not 2^b - 1. NaN takes code 0.
     """
-    boundaries = list(codebook.boundaries)
-    boundaries += [float("inf")] * (2**codebook.bits - 1 - len(boundaries))
+    count = bits_for(levels)
+    boundaries = [*boundaries_between(levels), *[float("inf")] * (2**count - len(levels))]
     bits: list[Tensor] = []
-    for position in range(codebook.bits):
-        step = 2 ** (codebook.bits - position)
+    for position in range(count):
+        step = 2 ** (count - position)
         candidates = boundaries[step // 2 - 1 :: step]
-        bits.append(values >= _choose(candidates, bits, values.dtype, values.device))
+        thresholds = [torch.full((), c, dtype=values.dtype, device=values.device) for c in candidates]
+        bits.append(values >= choose(thresholds, bits))
     return [layout.pack(bit) for bit in bits]
 
 
 def decode(
-    planes: Sequence[Tensor], codebook: Codebook, layout: BitPlanes, shape: Sequence[int], dtype: torch.dtype
+    planes: Sequence[Tensor], levels: tuple[float, ...], layout: BitPlanes, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """The level that each code names, in the given shape and floating point dtype."""
-    levels = list(codebook.levels)
-    levels += levels[-1:] * (2**codebook.bits - len(levels))
     bits = [layout.unpack(plane, shape) != 0 for plane in planes]
-    return _choose(levels, bits, dtype, planes[0].device)
+    return choose([torch.full((), c, dtype=dtype, device=planes[0].device) for c in padded(levels)], bits)
 
 
-def _choose(candidates: list[float], bits: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The candidate at the index spelled by ``bits``, the most significant bit first."""
-    chosen = [torch.full((), c, dtype=dtype, device=device) for c in candidates]
+def padded(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """A level for every code, those that are never used included."""
+    return (*levels, *levels[-1:] * (2 ** bits_for(levels) - len(levels)))
+
+
+def choose(candidates: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
+    """The candidate (a scalar tensor) at the index spelled by ``bits``, the most significant bit first."""
+    chosen = list(candidates)
     for bit in reversed(bits):
         chosen = [torch.where(bit, high, low) for low, high in zip(chosen[::2], chosen[1::2], strict=True)]
     return chosen[0]

@@ -1,17 +1,19 @@
-"""Names for derivatives: which of torch's activations has this one."""
+"""Named activations, their derivatives, and which of them has a given derivative."""
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
-from fewbit_fx._torch import real_mode
-from fewbit_fx.codebook import Array
+from fewbit_fx._torch import real_mode, trace_for_all_shapes
+from fewbit_fx.levels import Array
 from fewbit_fx.sampling import Function
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softsign": F.softsign,
     "softplus": F.softplus,
     "elu": F.elu,
+    "celu": F.celu,
     "selu": F.selu,
     "hardswish": F.hardswish,
     "hardsigmoid": F.hardsigmoid,
@@ -34,7 +37,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
     "leaky relu": F.leaky_relu,
-    "hard/softshrink": F.hardshrink,  # one derivative
+    "hardshrink": F.hardshrink,
+    "softshrink": F.softshrink,
     "atan": torch.atan,
     "squared relu": lambda x: torch.relu(x) ** 2,
     "exp": torch.exp,
@@ -45,17 +49,94 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _PROBE: Array = np.linspace(-7.93, 7.97, 160)
 
 
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of a name in :data:`ACTIVATIONS`, whatever its case, blanks and punctuation.
+
+    Raises:
+        ValueError: No activation has this name.
+    """
+    known = {_letters(key): key for key in ACTIVATIONS}
+    if _letters(name) in known:
+        return ACTIVATIONS[known[_letters(name)]]
+    near = difflib.get_close_matches(_letters(name), known, n=1)
+    hint = f" (did you mean {known[near[0]]!r}?)" if near else ""
+    raise ValueError(
+        f"activation is {name!r}{hint}; allowed is a function of a tensor, or one of {', '.join(ACTIVATIONS)}"
+    )
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def derivative_of(function: Callable[[Tensor], Tensor]) -> Function:
+    """The derivative of a pointwise function of a tensor, by autograd in float64 on the CPU.
+
+    Raises (when called):
+        ValueError: The function fails, or is not pointwise; the message says which.
+    """
+
+    def derivative(x: Array) -> Array:
+        with _undisturbed():
+            point = torch.from_numpy(np.ascontiguousarray(x)).requires_grad_()
+            try:
+                y = function(point * 1)  # not the leaf, which a function in place could not write to
+                part = function(point.detach()[1::2])
+            except Exception as fault:  # whatever a user's function raises
+                raise ValueError(f"the function cannot be evaluated on a float64 tensor: {fault}") from fault
+            if not (isinstance(y, Tensor) and y.shape == point.shape and _same(y.detach()[1::2], part)):
+                raise ValueError("the function is not pointwise: an output depends on more than its own input")
+            if not y.requires_grad:
+                return np.zeros(len(x))
+            (gradient,) = torch.autograd.grad(y.sum(), point)
+            return np.asarray(gradient.numpy(), dtype=np.float64)
+
+    return derivative
+
+
+def trace_derivative(function: Callable[[Tensor], Tensor]) -> fx.GraphModule:
+    """The derivative of a pointwise function as a graph of ATen operations, for tensors of any shape.
+
+    Args:
+        function: Takes a float32 tensor; tensors that it closes over become constants.
+    """
+
+    def derivative(x: Tensor) -> Tensor:
+        y = function(x * 1)
+        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        return gradient
+
+    with _undisturbed():
+        example = torch.linspace(-1, 1, 6).view(2, 3).requires_grad_()
+        return trace_for_all_shapes(derivative, example)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Autograd by itself, whatever goes on around: a trace, autocast, no_grad, hooks on saved tensors."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+    autocast = torch.autocast("cpu", enabled=False)
+    with real_mode(), torch.inference_mode(False), torch.enable_grad(), autocast, hooks:
+        yield
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal but for roundings: a vector loop and its remainder may round differently."""
+    return torch.allclose(a, b, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
 def recognise(derivative: Function) -> str | None:
     """The name in :data:`ACTIVATIONS` whose derivative this is, to 1e-5, or None.
+
+    Where several have it, such as hardshrink and softshrink, their names joined by "or".
 
     Args:
         derivative: Elementwise function of a float64 array.
     """
     values = derivative(_PROBE)
-    for name, known in _known_derivatives().items():
-        if np.allclose(values, known, rtol=1e-5, atol=1e-5):
-            return name
-    return None
+    known = _known_derivatives().items()
+    names = [name for name, theirs in known if np.allclose(values, theirs, rtol=1e-5, atol=1e-5)]
+    return " or ".join(names) or None
 
 
 def is_affine(derivative: Function) -> bool:
@@ -66,11 +147,4 @@ def is_affine(derivative: Function) -> bool:
 
 @functools.cache
 def _known_derivatives() -> dict[str, Array]:
-    return {name: _derivative_by_autograd(f) for name, f in ACTIVATIONS.items()}
-
-
-def _derivative_by_autograd(function: Callable[[Tensor], Tensor]) -> Array:
-    with real_mode(), torch.inference_mode(False), torch.enable_grad():
-        x = torch.from_numpy(_PROBE).requires_grad_()
-        (gradient,) = torch.autograd.grad(function(x).sum(), x)
-        return np.asarray(gradient.numpy(), dtype=np.float64)
+    return {name: derivative_of(f)(_PROBE) for name, f in ACTIVATIONS.items()}

@@ -26,20 +26,32 @@ class Codebook:
     Attributes:
         levels: The values that codes 0, 1, ... name. At most 2^bits of them, ascending.
         relative_error: Root mean square of (level - value) over that of the value, a ratio.
+        mean_squared_error: Weighted mean of (level - value)^2.
     """
 
     levels: tuple[float, ...]
     relative_error: float
+    mean_squared_error: float
 
     @property
     def bits(self) -> int:
         """Bits needed to name a level; at least 1."""
-        return max(1, math.ceil(math.log2(len(self.levels))))
+        return bits_for(self.levels)
 
     @property
     def boundaries(self) -> tuple[float, ...]:
         """Values at which the nearest level changes: midpoints of neighbouring levels."""
-        return tuple((a + b) / 2 for a, b in zip(self.levels, self.levels[1:], strict=False))
+        return boundaries_between(self.levels)
+
+
+def bits_for(levels: tuple[float, ...]) -> int:
+    """Bits needed to name one of the levels; at least 1."""
+    return max(1, (len(levels) - 1).bit_length())
+
+
+def boundaries_between(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """Midpoints of neighbouring levels, which ascend."""
+    return tuple((a + b) / 2 for a, b in zip(levels[:-1], levels[1:], strict=True))  # noqa: RUF007  (Dynamo traces it)
 
 
 def fit_codebook(values: Array, weights: Array, bits: int, max_points: int = 2048) -> Codebook:
@@ -63,10 +75,10 @@ def fit_codebook(values: Array, weights: Array, bits: int, max_points: int = 204
     points, mass = _merge(values, weights, max_points)
     levels = optimal_levels(points, mass, 2**bits)
     nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, values, side="right")]
-    squared_error = float(np.sum(weights * (values - nearest) ** 2))
-    power = float(np.sum(weights * values**2))
+    squared_error = float(np.average((values - nearest) ** 2, weights=weights))
+    power = float(np.average(values**2, weights=weights))
     relative = math.sqrt(squared_error / power) if power > 0 else 0.0
-    return Codebook(tuple(levels.tolist()), relative)
+    return Codebook(tuple(levels.tolist()), relative, squared_error)
 
 
 def optimal_levels(points: Array, mass: Array, k: int) -> Array:
@@ -157,9 +169,10 @@ def _merge(values: Array, weights: Array, max_points: int) -> tuple[Array, Array
     kept = weights > 0
     values, weights = values[kept], weights[kept]
     distinct, index = np.unique(values, return_inverse=True)
-    if len(distinct) > max_points:
-        span = distinct[-1] - distinct[0]
-        bins = np.minimum(((values - distinct[0]) / span * max_points).astype(np.int64), max_points - 1)
-        _, index = np.unique(bins, return_inverse=True)
+    if len(distinct) <= max_points:
+        return distinct, np.bincount(index, weights=weights).astype(np.float64)
+    span = distinct[-1] - distinct[0]
+    bins = np.minimum(((values - distinct[0]) / span * max_points).astype(np.int64), max_points - 1)
+    _, index = np.unique(bins, return_inverse=True)
     mass = np.bincount(index, weights=weights).astype(np.float64)
     return np.bincount(index, weights=weights * values) / mass, mass

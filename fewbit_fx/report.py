@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit_fx.passes.record import GraphRecord, SiteRecord
+from fewbit_fx.table import text_table
 
 _COLUMNS = ("where", "sites", "function", "shape", "dtype", "what happened", "bytes before", "after", "rel. error")
 _RIGHT_ALIGNED = {"sites", "bytes before", "after", "rel. error"}
@@ -66,7 +67,7 @@ def _graph_text(graph: GraphRecord) -> str:
     if graph.sites:
         groups = _grouped(graph.sites)
         reasons = list(dict.fromkeys(site.reason for site, _ in groups if site.reason))
-        lines += _table([_COLUMNS, *(_row(site, where, reasons) for site, where in groups)])
+        lines += text_table(_COLUMNS, (_row(site, where, reasons) for site, where in groups), _RIGHT_ALIGNED)
         lines += [f"  [{i}] left exact, because {reason}" for i, reason in enumerate(reasons, 1)]
     elif not graph.note:
         lines.append("  no pointwise nonlinearity and no mask found")
@@ -103,15 +104,3 @@ def _where(site: SiteRecord, modules: list[str]) -> str:
     module = re.sub(r"\d+", "*", site.module) if distinct else site.module
     file = site.source_line.replace("\\", "/").rsplit("/", 1)[-1]
     return " ".join(part for part in (module, f"({file})" if file else "") if part) or "-"
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[c]) for row in rows) for c in range(len(_COLUMNS))]
-    lines = []
-    for row in rows:
-        cells = (
-            text.rjust(width) if name in _RIGHT_ALIGNED else text.ljust(width)
-            for text, width, name in zip(row, widths, _COLUMNS, strict=True)
-        )
-        lines.append("  " + "  ".join(cells).rstrip())
-    return lines

@@ -11,19 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fewbit_fx.codebook import Array
+from fewbit_fx.density import Density
+from fewbit_fx.levels import Array
 
 Function = Callable[[Array], Array]
 
 _LINE = 1e6  # the real line, for practical purposes
 _COARSE_POINTS = 20_001
-_POINTS = 16_385
 _SETTLED = 1e-2  # share of the derivative's range within which it counts as having reached its limit
 _PERIODIC_WINDOW = 100.0  # for derivatives that never settle
-_DEVIATIONS = 3.0  # from 0 to the end of the interval, in standard deviations of the density
 
 
-class NotCodableError(Exception):
+class NotCodableError(ValueError):
     """A derivative that few levels cannot stand for; the message says why."""
 
 
@@ -32,38 +31,34 @@ class Sample:
     """Values of a derivative with the weights of a density of x.
 
     Attributes:
-        values: Derivative at the sampled x, shape (n,), float64.
-        weights: Density of x at the sampled points, shape (n,), sum 1.
-        reach: The interval sampled is [-reach, reach].
+        x: The sampled points, shape (n,), float64.
+        values: The derivative there, shape (n,), float64.
+        weights: Density of x there, shape (n,), sum 1.
     """
 
+    x: Array
     values: Array
     weights: Array
-    reach: float
 
 
-def sample_derivative(derivative: Function) -> Sample:
-    """Sample ``derivative`` over the interval of x where it varies.
-
-    The density of x is normal around 0, as pre-activations are, with three standard deviations to
-    the farther end of that interval, on a uniform floor of one tenth for the tails.
+def sample_derivative(derivative: Function, density: Density) -> Sample:
+    """Sample ``derivative`` by a density of x.
 
     Args:
         derivative: Elementwise function of a float64 array.
+        density: Of x. Where it covers the interval in which the derivative varies, that interval is
+            found, and the derivative must be bounded on the whole line.
 
     Raises:
         NotCodableError: The derivative is unbounded, undefined on much of the line, or constant.
     """
-    reach = _reach(derivative)
-    x = np.linspace(-reach, reach, _POINTS)
+    x, weights = density.points(lambda: _reach(derivative))
     values = _evaluate(derivative, x)
-    bell = np.exp(-0.5 * (x / reach * _DEVIATIONS) ** 2)
-    weights = 0.9 * bell / bell.sum() + 0.1 / len(x)
     defined = np.isfinite(values)
-    if defined.mean() < 0.99:
+    if weights[defined].sum() < 0.99 * weights.sum():
         raise NotCodableError("its derivative is not defined on much of the interval where it varies")
     weights = weights[defined]
-    return Sample(values[defined], weights / weights.sum(), reach)
+    return Sample(x[defined], values[defined], weights / weights.sum())
 
 
 def _reach(derivative: Function) -> float:

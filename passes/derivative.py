@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from fewbit_fx._torch import real_mode
-from fewbit_fx.codebook import Array
+from fewbit_fx.levels import Array
 
 _X, _GRADIENT = 0, 1  # where the program finds its inputs
 

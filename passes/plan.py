@@ -12,10 +12,12 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fewbit_fx._torch import hint
-from fewbit_fx.codebook import Codebook, fit_codebook
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.density import Typical
+from fewbit_fx.fitting import fit
 from fewbit_fx.functions import is_affine
-from fewbit_fx.sampling import NotCodableError, sample_derivative
+from fewbit_fx.levels import Codebook
+from fewbit_fx.sampling import NotCodableError
 
 _RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 PRODUCT = "it is a product with a tensor, whose own values the backward needs"
@@ -30,6 +32,8 @@ def choose(site: Site, config: FewBitConfig) -> Representation:
         return Exact("activation checkpointing computes it again in the backward")
     if isinstance(site, MaskSite):
         return PackedMask() if config.masks else Exact("masks are switched off (masks=False)")
+    if site.is_gate:
+        return Exact(PRODUCT)
     if not config.derivatives:
         return Exact("derivatives are switched off (derivatives=False)")
     codebook = fitted_codebook(site.derivative, config.bits)
@@ -51,9 +55,8 @@ def _forward_nodes(site: Site) -> tuple[fx.Node, ...]:
 def fitted_codebook(derivative: Derivative, bits: int) -> Codebook | Exact:
     """The codebook of a derivative, or why there is none; fitted once per derivative and process."""
     try:
-        sample = sample_derivative(derivative.ideal)
+        return fit(derivative.ideal, bits, Typical())
     except NotCodableError as reason:
         return Exact(PRODUCT if is_affine(derivative.ideal) else str(reason))
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as fault:  # whatever an operation may raise
         return Exact(f"its derivative cannot be evaluated: {fault}")
-    return fit_codebook(sample.values, sample.weights, bits)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from fewbit_fx.passes.derivative import Derivative
-from fewbit_fx.passes.graph import is_pointwise
+from fewbit_fx.passes.graph import constant_value, is_pointwise
 from fewbit_fx.passes.sites import DerivativeSite, Site
 from torch import fx
 
@@ -42,7 +42,7 @@ def source_line(node: fx.Node) -> str:
 def function_name(site: Site) -> str:
     """The activation's name, ``dropout``, ``mask``, ``product`` or ``custom``."""
     if isinstance(site, DerivativeSite):
-        return _name(site.derivative) or "custom"
+        return "product" if site.is_gate else _name(site.derivative) or "custom"
     if _comes_from_chance(site.mask):
         return "dropout"
     return (site.derivative and _name(site.derivative)) or "mask"
@@ -58,14 +58,13 @@ def _name(derivative: Derivative) -> str | None:
 
 
 def _comes_from_chance(node: fx.Node) -> bool:
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        if is_pointwise(current):
-            todo.extend(current.all_input_nodes)
-        elif _is_random(current):
-            return True
-    return False
+    """Whether a mask follows from random numbers alone; ReLU's after a dropout does not."""
+    while is_pointwise(node):
+        inputs = [n for n in node.all_input_nodes if constant_value(n) is None]
+        if len(inputs) != 1:
+            return False
+        (node,) = inputs
+    return _is_random(node)
 
 
 def _is_random(node: fx.Node) -> bool:

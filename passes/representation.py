@@ -13,8 +13,8 @@ from fewbit_fx.passes.graph import value_of
 from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
 from torch import Tensor
 
-from fewbit_fx.codebook import Codebook
 from fewbit_fx.codec import BitPlanes, decode, encode, plane_layout
+from fewbit_fx.levels import Codebook
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Coded:
 
     def encode(self, site: DerivativeSite, x: Tensor) -> list[Tensor]:
         """Bit planes of f'(x)."""
-        return encode(_at_least_float32(site.derivative(x)), self.codebook, self.layout(site))
+        return encode(_at_least_float32(site.derivative(x)), self.codebook.levels, self.layout(site))
 
     def gradient(self, site: DerivativeSite, g: Tensor, planes: list[Tensor]) -> Tensor:
         """The exit gradient, from the entry gradient and the planes."""
         wide = _at_least_float32(g)
         like = value_of(site.exit)
-        level = decode(planes, self.codebook, self.layout(site), like.shape, wide.dtype)
+        level = decode(planes, self.codebook.levels, self.layout(site), like.shape, wide.dtype)
         return (wide * level).to(like.dtype)
 
     def nbytes(self, site: DerivativeSite) -> int:

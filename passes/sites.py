@@ -42,6 +42,7 @@ class DerivativeSite:
         source: The forward tensor x.
         factors: Forward tensors that the exact region reads, each a function of ``source``.
         derivative: The factor as a function of x.
+        is_gate: The factor is a value of the forward, which multiplies another tensor there.
     """
 
     entry: fx.Node
@@ -49,6 +50,7 @@ class DerivativeSite:
     source: fx.Node
     factors: tuple[fx.Node, ...]
     derivative: Derivative
+    is_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def find_sites(graph: fx.Graph, computed: Collection[str]) -> tuple[list[Site], 
         else:
             assert region.source is not None, "what is not boolean is floating point"
             assert derivative is not None, "what has a source has a derivative"
-            sites.append(DerivativeSite(region.entry, region.exit, region.source, region.factors, derivative))
+            gate = _is_gate(region, backward)
+            sites.append(DerivativeSite(region.entry, region.exit, region.source, region.factors, derivative, gate))
     inside = {n for region in regions if region.mask is None for n in region.program()}
     sites += [MaskSite(m, deciding.get(m)) for m in _find_masks(graph, backward, inside, computed)]
     return sorted(sites, key=anchor), unreadable
@@ -154,7 +157,7 @@ def _find_regions(graph: fx.Graph, backward: set[fx.Node]) -> tuple[dict[_Region
     unreadable: list[Unreadable] = []
     covered: set[fx.Node] = set()
     for exit_node in reversed(graph.nodes):
-        if exit_node not in backward or exit_node in covered:
+        if exit_node not in backward or exit_node in covered or _passes_on_a_shared_gradient(exit_node, backward):
             continue
         region = _grow(exit_node, backward)
         if region is None:
@@ -165,6 +168,26 @@ def _find_regions(graph: fx.Graph, backward: set[fx.Node]) -> tuple[dict[_Region
         except NotEvaluableError as reason:
             unreadable.append(Unreadable(exit_node, str(reason)))
     return regions, unreadable
+
+
+def _passes_on_a_shared_gradient(node: fx.Node, backward: set[fx.Node]) -> bool:
+    """Whether a node only converts or scales a gradient that others read too: then that gradient is the exit.
+
+    A bias in float32 before a bfloat16 matrix product under autocast reads it so. To replace just
+    the converted one would leave the exact derivative to the bias.
+    """
+    while True:
+        gradients = linear_inputs(node, backward)
+        if gradients is None or len(gradients) != 1 or _factors(node, backward):
+            return False
+        (node,) = gradients
+        if len(node.users) > 1:
+            return True
+
+
+def _factors(node: fx.Node, backward: set[fx.Node]) -> set[fx.Node]:
+    """Tensors of the forward that a node of the backward reads."""
+    return {n for n in node.all_input_nodes if n not in backward and not _is_constant(n)}
 
 
 def _grow(exit_node: fx.Node, backward: set[fx.Node]) -> _Region | None:
@@ -178,7 +201,7 @@ def _grow(exit_node: fx.Node, backward: set[fx.Node]) -> _Region | None:
         gradients = linear_inputs(latest, backward)
         if gradients is None or not all(same_shape(g, exit_node) for g in gradients):
             return best
-        new_factors = {n for n in latest.all_input_nodes if n not in backward and not _is_constant(n)}
+        new_factors = _factors(latest, backward)
         if not all(same_shape(f, exit_node) for f in new_factors):
             return best
         nodes.add(latest)
@@ -230,6 +253,27 @@ def _single_sources(factors: set[fx.Node]) -> Iterator[fx.Node]:
         if not all(same_shape(n, shape) for n in inputs):
             return
         front = (front - {latest}) | inputs
+
+
+def _is_gate(region: _Region, backward: set[fx.Node]) -> bool:
+    """Whether the one factor multiplies, in the forward, a tensor that does not follow from the source."""
+    source = region.source
+    if source is None or len(region.factors) != 1:
+        return False
+    todo = list(region.factors)
+    while todo:
+        value = todo.pop()
+        for user in value.users:
+            if user in backward or user.op != "call_function":
+                continue
+            if user.target in _UNARY_LINEAR:
+                todo.append(user)
+            elif user.target is aten.mul.Tensor and any(
+                n is not value and not _is_constant(n) and source not in _single_sources({n})
+                for n in user.all_input_nodes
+            ):
+                return True
+    return False
 
 
 def _find_masks(

@@ -16,8 +16,9 @@ from fewbit_fx.passes.sites import Site, find_sites
 from torch import Tensor, nn
 
 from fewbit_fx._torch import partition_only
-from fewbit_fx.codebook import Codebook, fit_codebook
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.density import Typical
+from fewbit_fx.levels import Codebook, fit_codebook
 from fewbit_fx.sampling import sample_derivative
 
 STRICT = FewBitConfig(strict=True, min_numel=0)
@@ -94,7 +95,7 @@ def derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def codebook_of(function: Callable[[Tensor], Tensor], bits: int) -> Codebook:
     """The codebook, from autograd's derivative: it never sees a graph."""
-    sample = sample_derivative(lambda x: derivative(function, torch.from_numpy(x)).numpy())
+    sample = sample_derivative(lambda x: derivative(function, torch.from_numpy(x)).numpy(), Typical())
     return fit_codebook(sample.values, sample.weights, bits)
 
 

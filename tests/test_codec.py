@@ -7,20 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewbit_fx.codebook import Codebook
 from fewbit_fx.codec import BitPlanes, decode, encode, plane_layout
+from fewbit_fx.levels import bits_for
 
 LANES = (1, 32)
 
 
-def codebook(bits: int, levels: int | None = None) -> Codebook:
+def evenly(bits: int, levels: int | None = None) -> tuple[float, ...]:
     count = levels or 2**bits
-    return Codebook(tuple(i / count for i in range(count)), 0.0)
+    return tuple(i / count for i in range(count))
 
 
-def nearest(values: torch.Tensor, book: Codebook) -> torch.Tensor:
-    levels = torch.tensor(book.levels, dtype=values.dtype)
-    return levels[(values.unsqueeze(-1) - levels).abs().argmin(-1)]
+def nearest(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
+    candidates = torch.tensor(levels, dtype=values.dtype)
+    return candidates[(values.unsqueeze(-1) - candidates).abs().argmin(-1)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,27 +47,27 @@ def test_exactly_one_bit_per_element_where_blocks_fill_up(lanes: int) -> None:
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_decode_gives_the_nearest_level(bits: int, lanes: int, dtype: torch.dtype) -> None:
-    values, layout, book = torch.rand(37, 29, dtype=dtype) * 1.4 - 0.2, BitPlanes(lanes), codebook(bits)
-    planes = encode(values, book, layout)
+    values, layout, levels = torch.rand(37, 29, dtype=dtype) * 1.4 - 0.2, BitPlanes(lanes), evenly(bits)
+    planes = encode(values, levels, layout)
     assert len(planes) == bits
-    assert torch.equal(decode(planes, book, layout, values.shape, dtype), nearest(values, book))
+    assert torch.equal(decode(planes, levels, layout, values.shape, dtype), nearest(values, levels))
 
 
-@pytest.mark.parametrize("levels", [1, 3, 5, 6, 7])
-def test_codebooks_need_not_be_full(levels: int) -> None:
-    values, layout, book = torch.rand(100), BitPlanes(1), codebook(3, levels)
-    planes = encode(values, book, layout)
-    assert len(planes) == book.bits
-    assert torch.equal(decode(planes, book, layout, values.shape, values.dtype), nearest(values, book))
+@pytest.mark.parametrize("count", [1, 3, 5, 6, 7])
+def test_codebooks_need_not_be_full(count: int) -> None:
+    values, layout, levels = torch.rand(100), BitPlanes(1), evenly(3, count)
+    planes = encode(values, levels, layout)
+    assert len(planes) == bits_for(levels)
+    assert torch.equal(decode(planes, levels, layout, values.shape, values.dtype), nearest(values, levels))
 
 
 def test_values_beyond_the_levels_and_not_numbers_have_codes_too() -> None:
-    values, layout, book = (
+    values, layout, levels = (
         torch.tensor([float("-inf"), -9.0, 9.0, float("inf"), float("nan")]),
         BitPlanes(1),
-        codebook(2),
+        evenly(2),
     )
-    decoded = decode(encode(values, book, layout), book, layout, values.shape, values.dtype)
+    decoded = decode(encode(values, levels, layout), levels, layout, values.shape, values.dtype)
     assert decoded.tolist() == [0.0, 0.0, 0.75, 0.75, 0.0]
 
 
@@ -81,9 +81,9 @@ def test_values_beyond_the_levels_and_not_numbers_have_codes_too() -> None:
     ],
 )
 def test_any_strides_survive(x: torch.Tensor) -> None:
-    layout, book = plane_layout(x), codebook(3)
-    decoded = decode(encode(x, book, layout), book, layout, x.shape, x.dtype)
-    assert torch.equal(decoded, nearest(x, book))
+    layout, levels = plane_layout(x), evenly(3)
+    decoded = decode(encode(x, levels, layout), levels, layout, x.shape, x.dtype)
+    assert torch.equal(decoded, nearest(x, levels))
 
 
 def test_the_layout_walks_memory_in_its_own_order() -> None:

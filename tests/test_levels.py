@@ -12,8 +12,9 @@ from helpers import codebook_of, derivative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewbit_fx.codebook import Codebook, fit_codebook, optimal_levels
+from fewbit_fx.density import Typical
 from fewbit_fx.functions import ACTIVATIONS, is_affine, recognise
+from fewbit_fx.levels import Codebook, fit_codebook, optimal_levels
 from fewbit_fx.sampling import NotCodableError, sample_derivative
 
 BOUNDED = [n for n in ACTIVATIONS if n not in ("squared relu", "exp", "square")]
@@ -58,7 +59,7 @@ def test_levels_ascend_and_boundaries_lie_between() -> None:
 
 def test_fewer_distinct_values_than_levels_are_kept_exactly() -> None:
     codebook = fit_codebook(np.array([0.0, 1.0, 1.0, 0.5]), np.ones(4), bits=3)
-    assert codebook == Codebook((0.0, 0.5, 1.0), 0.0)
+    assert codebook == Codebook((0.0, 0.5, 1.0), 0.0, 0.0)
     assert codebook.bits == 2
 
 
@@ -112,12 +113,13 @@ def test_periodic_and_humped_derivatives_are_codable(function) -> None:  # type:
 )
 def test_what_cannot_be_coded_says_why(function, reason: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(NotCodableError, match=reason):
-        sample_derivative(lambda x: derivative(function, torch.from_numpy(x)).numpy())
+        sample_derivative(lambda x: derivative(function, torch.from_numpy(x)).numpy(), Typical())
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_is_recognised_by_its_derivative(name: str) -> None:
-    assert recognise(lambda x: derivative(ACTIVATIONS[name], torch.from_numpy(x)).numpy()) == name
+    found = recognise(lambda x: derivative(ACTIVATIONS[name], torch.from_numpy(x)).numpy())
+    assert name in (found or "").split(" or ")
 
 
 def test_an_unknown_derivative_is_not_recognised() -> None:

@@ -11,6 +11,7 @@ from helpers import TransformerBlock, mlp
 from torch import Tensor, nn
 
 import fewbit_fx
+from fewbit_fx._torch import partition_settings
 
 
 class Model(nn.Module):
@@ -134,3 +135,11 @@ def test_a_report_survives_a_warm_start() -> None:
         torch.compile(model, backend=backend)(x).sum().backward()
         reports.append(backend.last_report())
     assert reports[0].sites == reports[1].sites != ()
+
+
+def test_a_warm_start_tells_autocast_dtypes_apart() -> None:
+    settings = set()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            settings.add(partition_settings())
+    assert len(settings) == 2

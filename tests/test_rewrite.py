@@ -52,9 +52,7 @@ def test_relu_and_dropout_masks_take_an_eighth() -> None:
 
 
 def test_layers_share_a_codebook_and_stay_separate_sites() -> None:
-    model = nn.Sequential(
-        *(mlp(nn.GELU(), width=32) if False else nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(3))
-    )
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(3)))
     seen = watch(nn.Sequential(model, nn.Linear(32, 1)), torch.randn(128, 32))
     assert [s.module for s in seen.happened("gelu")] == ["0.2.1", "0.1.1", "0.0.1"]
     assert len({s.relative_error for s in seen.happened("gelu")}) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fewbit_fx.passes.graph import aten
+from fewbit_fx.passes.graph import aten, prims
 from fewbit_fx.passes.sites import DerivativeSite, MaskSite, find_sites
 from helpers import STRICT, derivative, mlp, watch
 from torch import Tensor, fx, nn
@@ -81,6 +81,15 @@ def test_several_readers_of_the_exit_and_of_the_middle() -> None:
     assert site.exit is gx
 
 
+def test_a_shared_gradient_is_the_exit_not_its_conversions() -> None:
+    b = Builder()
+    y, gx = tanh_backward(b, b.x, b.g)
+    converted = b.call(aten.neg.default, b.call(prims.convert_element_type.default, gx, torch.bfloat16))
+    (site,) = b.sites(y, converted, b.call(aten.sum.default, gx))
+    assert isinstance(site, DerivativeSite)
+    assert (site.entry, site.exit) == (b.g, gx)
+
+
 def test_a_factor_of_another_shape_is_no_site() -> None:
     b = Builder()
     row = b.input("primals_2", torch.empty(8))
@@ -134,7 +143,7 @@ def test_traced_activations_are_one_site_each() -> None:
         "gelu": nn.GELU(),
         "silu": nn.SiLU(),
         "mish": nn.Mish(),
-        "elu": nn.ELU(),
+        "elu or celu": nn.ELU(),
         "softplus": nn.Softplus(),
         "gelu (tanh)": nn.GELU("tanh"),
         "hardswish": nn.Hardswish(),

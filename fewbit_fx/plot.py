@@ -1,0 +1,40 @@
+"""A drawing of a codebook. Needs matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from fewbit_fx.levels import Codebook
+from fewbit_fx.sampling import Sample
+
+
+def plot_codebook(title: str, book: Codebook, sample: Sample, path: Path) -> None:
+    """Draw a derivative with its levels, and the error below, over the sampled x.
+
+    Args:
+        title: Above the figure.
+        book: The codebook.
+        sample: x and f'(x).
+        path: Of the image; its suffix chooses the format.
+    """
+    order = np.argsort(sample.x)
+    x, exact = sample.x[order], sample.values[order]
+    levels = np.array(book.levels)
+    coded = levels[np.searchsorted(book.boundaries, exact, side="right")]
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        for level in levels:
+            top.axhline(level, color="0.85", linewidth=0.8, zorder=0)
+        top.plot(x, exact, color="0.3", linewidth=1.2, label="f'(x)")
+        top.plot(x, coded, color="tab:orange", linewidth=1.6, label="level")
+        top.set_title(f"{title}: relative error {book.relative_error:.2%}", loc="left")
+        top.legend(frameon=False)
+        bottom.fill_between(x, coded - exact, color="tab:orange", alpha=0.5, linewidth=0)
+        bottom.set_ylabel("error")
+        bottom.set_xlabel("x")
+        figure.savefig(path, dpi=150)
