@@ -1,0 +1,114 @@
+"""Replace the activations of a model by their few-bit forms."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fewbit_fx.functional
+import fewbit_fx.nn
+from fewbit_fx.config import FewBitConfig
+from fewbit_fx.sampling import NotCodableError
+
+_MODULES: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(nn, name): few_bit
+    for name, few_bit in vars(fewbit_fx.nn).items()
+    if isinstance(few_bit, type) and issubclass(few_bit, nn.Module) and hasattr(nn, name)
+}
+_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    getattr(F, name): few_bit
+    for name, few_bit in vars(fewbit_fx.functional).items()
+    if inspect.isfunction(few_bit) and hasattr(F, name)
+}
+_PLAIN = frozenset(vars(nn.Module()))  # attributes that every module has
+
+
+def convert(model: nn.Module, bits: int = 3) -> dict[str, nn.Module | Callable[..., Any]]:
+    """Replace the activations in a model, in place, by those of :mod:`fewbit_fx.nn`.
+
+    Replaced are activation modules of torch.nn (not their subclasses), those of
+    ``transformers.activations`` and functions of torch.nn.functional that a module keeps as an attribute, as
+    nn.TransformerEncoderLayer does. What a ``forward`` calls by itself is out of reach; the backend finds
+    that too. The model's state_dict stays as it is, and hooks on replaced modules stay.
+
+    In an eager pipeline ReLU, sigmoid and tanh save their output, which a following linear layer saves
+    anyway: where that layer is trained, their code comes on top, with nothing saved in return.
+
+    Args:
+        model: Any module; if it is an activation itself, it is not replaced, having no parent.
+        bits: Bits per element, 1 to 8.
+
+    Returns:
+        What was replaced: the path of each in the model, and the original.
+
+    Raises:
+        TypeError, ValueError: ``bits`` is not allowed.
+    """
+    FewBitConfig(bits=bits)
+    replaced: dict[str, nn.Module | Callable[..., Any]] = {}
+    known: dict[nn.Module, nn.Module | None] = {}  # a module used in several places stays one
+    for path, parent in list(model.named_modules()):
+        if known.get(parent) is not None:
+            continue  # it is within its replacement now, and to stay as it is
+        for name, child in list(parent.named_children()):
+            if child not in known:
+                known[child] = _few_bit_form(child, bits)
+            new = known[child]
+            if new is not None:
+                setattr(parent, name, new)
+                replaced[f"{path}.{name}".lstrip(".")] = child
+        for name, value in list(vars(parent).items()):
+            if callable(value) and not name.startswith("_") and _hashable(value) and value in _FUNCTIONS:
+                setattr(parent, name, functools.partial(_FUNCTIONS[value], bits=bits))
+                replaced[f"{path}.{name}".lstrip(".")] = value
+    return replaced
+
+
+def _few_bit_form(module: nn.Module, bits: int) -> nn.Module | None:
+    """The module's replacement, or None."""
+    if type(module) in _MODULES:
+        new = copy.copy(module)  # with the same parameters and hooks
+        new.__class__ = _MODULES[type(module)]
+        setattr(new, "bits", bits)  # noqa: B010  (an attribute that type checkers do not know of)
+        return new
+    if type(module).__module__ == "transformers.activations" and not module.state_dict():
+        try:
+            return fewbit_fx.nn.Pointwise(_Stateless(module), bits)
+        except NotCodableError:  # squared ReLU, a linear one
+            return None
+    return None
+
+
+class _Stateless:
+    """An activation module as a function: those of one class and the same attributes are equal."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = self.module(x)
+        return result
+
+    def _key(self) -> object:
+        own = {k: v for k, v in vars(self.module).items() if k not in _PLAIN}
+        return type(self.module), repr(sorted(own.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stateless) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+def _hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,167 @@
+"""The activations of torch.nn.functional with few-bit saved tensors, for eager and compiled pipelines.
+
+Each takes the arguments of its namesake, and ``bits``, 1 to 8 (default 3). The result is the
+namesake's own, bit for bit. For the backward they save b bits per element (fewer where fewer
+levels are exact: one for ReLU and its kind) instead of a whole tensor.
+
+All raise TypeError or ValueError for ``bits`` out of range. Where the other arguments make a
+derivative that cannot be coded, such as the constant one of ``leaky_relu`` with slope 1, they are
+torch's own; ``pointwise`` raises NotCodableError, a ValueError.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbit_fx.coded import FrozenPReLU, Pointwise, apply_activation, apply_function
+from fewbit_fx.config import FewBitConfig
+
+_BITS = 3
+
+
+def pointwise(function: Pointwise, input: Tensor, *, bits: int = _BITS) -> Tensor:
+    """``function(input)`` for any pointwise function with a bounded derivative.
+
+    Args:
+        function: Takes a tensor, returns a tensor of the same shape, element by element. Use one function
+            object for many calls, not a new lambda each time: it is fitted and compiled once per object.
+        input: Tensor of any shape.
+        bits: Bits per element.
+    """
+    return apply_function(function, input, bits)
+
+
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.elu`."""
+    return apply_activation("elu", input, bits, inplace, alpha=alpha)
+
+
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.celu`."""
+    return apply_activation("celu", input, bits, inplace, alpha=alpha)
+
+
+def selu(input: Tensor, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.selu`."""
+    return apply_activation("selu", input, bits, inplace)
+
+
+def gelu(input: Tensor, approximate: str = "none", *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.gelu`, exact (``"none"``) or by ``"tanh"``."""
+    return apply_activation("gelu", input, bits, approximate=approximate)
+
+
+def silu(input: Tensor, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.silu`."""
+    return apply_activation("silu", input, bits, inplace)
+
+
+def mish(input: Tensor, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.mish`."""
+    return apply_activation("mish", input, bits, inplace)
+
+
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.softplus`."""
+    return apply_activation("softplus", input, bits, beta=beta, threshold=threshold)
+
+
+def softsign(input: Tensor, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.softsign`."""
+    return apply_activation("softsign", input, bits)
+
+
+def tanh(input: Tensor, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.tanh`."""
+    return apply_activation("tanh", input, bits)
+
+
+def tanhshrink(input: Tensor, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.tanhshrink`."""
+    return apply_activation("tanhshrink", input, bits)
+
+
+def sigmoid(input: Tensor, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.sigmoid`."""
+    return apply_activation("sigmoid", input, bits)
+
+
+def logsigmoid(input: Tensor, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.logsigmoid`."""
+    return apply_activation("logsigmoid", input, bits)
+
+
+def hardswish(input: Tensor, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.hardswish`."""
+    return apply_activation("hardswish", input, bits, inplace)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.hardsigmoid`."""
+    return apply_activation("hardsigmoid", input, bits, inplace)
+
+
+def hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False, *, bits: int = _BITS
+) -> Tensor:
+    """:func:`torch.nn.functional.hardtanh`."""
+    return apply_activation("hardtanh", input, bits, inplace, min_val=min_val, max_val=max_val)
+
+
+def relu(input: Tensor, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.relu`."""
+    return apply_activation("relu", input, bits, inplace)
+
+
+def relu6(input: Tensor, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.relu6`."""
+    return apply_activation("relu6", input, bits, inplace)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.leaky_relu`."""
+    return apply_activation("leaky_relu", input, bits, inplace, negative_slope=negative_slope)
+
+
+def rrelu(
+    input: Tensor,
+    lower: float = 1.0 / 8,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    bits: int = _BITS,
+) -> Tensor:
+    """:func:`torch.nn.functional.rrelu`; in training, with its random slopes, it is torch's own."""
+    if training:
+        return F.rrelu(input, lower, upper, training, inplace)
+    return apply_activation("leaky_relu", input, bits, inplace, negative_slope=(lower + upper) / 2)
+
+
+def prelu(input: Tensor, weight: Tensor, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.prelu`, in one exact bit per element where ``weight`` is frozen.
+
+    The gradient of a trained weight needs the input itself: then it is torch's own.
+    """
+    FewBitConfig(bits=bits)
+    wanted = torch.is_grad_enabled() and input.requires_grad and not weight.requires_grad
+    if not wanted or torch.compiler.is_compiling():  # within torch.compile, the backend packs the mask
+        return F.prelu(input, weight)
+    return FrozenPReLU.apply(input, weight)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def hardshrink(input: Tensor, lambd: float = 0.5, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.hardshrink`."""
+    return apply_activation("hardshrink", input, bits, lambd=lambd)
+
+
+def softshrink(input: Tensor, lambd: float = 0.5, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.softshrink`."""
+    return apply_activation("softshrink", input, bits, lambd=lambd)
+
+
+def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
+    """:func:`torch.nn.functional.threshold`."""
+    return apply_activation("threshold", input, bits, inplace, threshold=threshold, value=value)

@@ -1,0 +1,240 @@
+"""The activation modules of torch.nn with few-bit saved tensors, for eager and compiled pipelines.
+
+Each is a subclass of its namesake, with its arguments and ``bits``, 1 to 8 (default 3). The output is
+the namesake's own, bit for bit; for the backward b bits per element are saved (fewer where fewer
+levels are exact: one for ReLU and its kind). They have the namesake's parameters and state_dict.
+
+All raise TypeError or ValueError for ``bits`` out of range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewbit_fx import functional as F
+from fewbit_fx.coded import coded_function
+from fewbit_fx.config import FewBitConfig
+
+
+class _FewBit(nn.Module):
+    """Adds ``bits`` to an activation module of torch.nn."""
+
+    bits: int
+
+    def __init__(self, *args: Any, bits: int = 3, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bits = FewBitConfig(bits=bits).bits
+
+    def extra_repr(self) -> str:
+        """The namesake's arguments, and bits."""
+        return ", ".join(part for part in (super().extra_repr(), f"bits={self.bits}") if part)
+
+
+class Pointwise(_FewBit):
+    """Any pointwise function with a bounded derivative.
+
+    Args:
+        function: Takes a tensor, returns a tensor of the same shape, element by element. It is fitted and
+            compiled once per function object; to pickle the module, the function must be picklable.
+        bits: Bits per element.
+
+    Raises:
+        NotCodableError: A ValueError: the derivative is unbounded, undefined or constant.
+        ValueError: The function fails on a float64 tensor, or is not pointwise.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], bits: int = 3) -> None:
+        super().__init__(bits=bits)
+        coded_function(function, bits)  # to fail here, not in training
+        self.function = function
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``function(input)``."""
+        return F.pointwise(self.function, input, bits=self.bits)
+
+
+class ELU(_FewBit, nn.ELU):
+    """:class:`torch.nn.ELU`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.elu(input, self.alpha, self.inplace, bits=self.bits)
+
+
+class CELU(_FewBit, nn.CELU):
+    """:class:`torch.nn.CELU`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.celu(input, self.alpha, self.inplace, bits=self.bits)
+
+
+class SELU(_FewBit, nn.SELU):
+    """:class:`torch.nn.SELU`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.selu(input, self.inplace, bits=self.bits)
+
+
+class GELU(_FewBit, nn.GELU):
+    """:class:`torch.nn.GELU`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.gelu(input, self.approximate, bits=self.bits)
+
+
+class SiLU(_FewBit, nn.SiLU):
+    """:class:`torch.nn.SiLU`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.silu(input, self.inplace, bits=self.bits)
+
+
+class Mish(_FewBit, nn.Mish):
+    """:class:`torch.nn.Mish`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.mish(input, self.inplace, bits=self.bits)
+
+
+class Softplus(_FewBit, nn.Softplus):
+    """:class:`torch.nn.Softplus`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.softplus(input, self.beta, self.threshold, bits=self.bits)
+
+
+class Softsign(_FewBit, nn.Softsign):
+    """:class:`torch.nn.Softsign`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.softsign(input, bits=self.bits)
+
+
+class Tanh(_FewBit, nn.Tanh):
+    """:class:`torch.nn.Tanh`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.tanh(input, bits=self.bits)
+
+
+class Tanhshrink(_FewBit, nn.Tanhshrink):
+    """:class:`torch.nn.Tanhshrink`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.tanhshrink(input, bits=self.bits)
+
+
+class Sigmoid(_FewBit, nn.Sigmoid):
+    """:class:`torch.nn.Sigmoid`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.sigmoid(input, bits=self.bits)
+
+
+class LogSigmoid(_FewBit, nn.LogSigmoid):
+    """:class:`torch.nn.LogSigmoid`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.logsigmoid(input, bits=self.bits)
+
+
+class Hardswish(_FewBit, nn.Hardswish):
+    """:class:`torch.nn.Hardswish`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.hardswish(input, self.inplace, bits=self.bits)
+
+
+class Hardsigmoid(_FewBit, nn.Hardsigmoid):
+    """:class:`torch.nn.Hardsigmoid`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.hardsigmoid(input, self.inplace, bits=self.bits)
+
+
+class Hardtanh(_FewBit, nn.Hardtanh):
+    """:class:`torch.nn.Hardtanh`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.hardtanh(input, self.min_val, self.max_val, self.inplace, bits=self.bits)
+
+
+class ReLU(_FewBit, nn.ReLU):
+    """:class:`torch.nn.ReLU`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.relu(input, self.inplace, bits=self.bits)
+
+
+class ReLU6(_FewBit, nn.ReLU6):
+    """:class:`torch.nn.ReLU6`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.relu6(input, self.inplace, bits=self.bits)
+
+
+class LeakyReLU(_FewBit, nn.LeakyReLU):
+    """:class:`torch.nn.LeakyReLU`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.leaky_relu(input, self.negative_slope, self.inplace, bits=self.bits)
+
+
+class RReLU(_FewBit, nn.RReLU):
+    """:class:`torch.nn.RReLU`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.rrelu(input, self.lower, self.upper, self.training, self.inplace, bits=self.bits)
+
+
+class PReLU(_FewBit, nn.PReLU):
+    """:class:`torch.nn.PReLU`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.prelu(input, self.weight, bits=self.bits)
+
+
+class Hardshrink(_FewBit, nn.Hardshrink):
+    """:class:`torch.nn.Hardshrink`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.hardshrink(input, self.lambd, bits=self.bits)
+
+
+class Softshrink(_FewBit, nn.Softshrink):
+    """:class:`torch.nn.Softshrink`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.softshrink(input, self.lambd, bits=self.bits)
+
+
+class Threshold(_FewBit, nn.Threshold):
+    """:class:`torch.nn.Threshold`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Elementwise."""
+        return F.threshold(input, self.threshold, self.value, self.inplace, bits=self.bits)
