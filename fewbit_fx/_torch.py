@@ -36,6 +36,7 @@ __all__ = [
     "register_backend",
     "statically_known_true",
     "storage_key",
+    "storage_nbytes",
     "trace_for_all_shapes",
 ]
 
@@ -64,6 +65,14 @@ def trace_for_all_shapes(function: Callable[[torch.Tensor], torch.Tensor], examp
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
+
+
+def storage_nbytes(node: fx.Node) -> int:
+    """Bytes of the whole storage of a node's value: a view keeps all of it alive."""
+    value = node.meta.get("val")
+    if isinstance(value, FakeTensor):
+        return max(nbytes(node), hint(value.untyped_storage().nbytes()))
+    return nbytes(node)
 
 
 def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:

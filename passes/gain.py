@@ -15,7 +15,7 @@ from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
 from torch import fx
 
-from fewbit_fx._torch import nbytes
+from fewbit_fx._torch import storage_nbytes
 
 NOT_SAVED = "torch.compile saves nothing for it"
 NEEDED = "the backward needs its exact value for something else too, so a code would save nothing"
@@ -30,7 +30,7 @@ class Gain:
         self._nodes = by_name(graph)
         self._outputs = [n for n in output_values(graph) if isinstance(n, fx.Node)]
         storages = partition.saved_storages().values()
-        self._bytes = [max(map(nbytes, nodes)) for nodes in storages]
+        self._bytes = [max(map(storage_nbytes, nodes)) for nodes in storages]
         self._storage_of = {n.name: i for i, nodes in enumerate(storages) for n in nodes}
 
     def idle(self, cost: Mapping[Site, int]) -> dict[Site, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fewbit_fx.passes.graph import copy_module, output_values, placeholders, value_of
 from torch import Tensor, fx
 
-from fewbit_fx._torch import is_symbol, nbytes, storage_key
+from fewbit_fx._torch import is_symbol, storage_key, storage_nbytes
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Partition:
         return found
 
     def saved_bytes(self) -> int:
-        """Bytes saved for the backward: each storage once, without parameters and buffers."""
-        return sum(max(map(nbytes, nodes)) for nodes in self.saved_storages().values())
+        """Bytes saved for the backward: each storage once and whole, without parameters and buffers."""
+        return sum(max(map(storage_nbytes, nodes)) for nodes in self.saved_storages().values())
 
     def symbols(self) -> tuple[list[fx.Node], list[fx.Node]]:
         """Placeholders that are sizes, of the forward and of the backward."""

@@ -58,6 +58,21 @@ def test_layers_share_a_codebook_and_stay_separate_sites() -> None:
     assert len({s.relative_error for s in seen.happened("gelu")}) == 1
 
 
+def test_a_saved_view_counts_with_all_of_its_storage() -> None:
+    """The allocator keeps the whole product for a third of it."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 96).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).chunk(3, -1)[1].sin().sin()
+
+    seen = watch(Part(), torch.randn(64, 32, requires_grad=True), config=FewBitConfig(derivatives=False))
+    assert seen.record.plain_bytes == 64 * 96 * 4
+
+
 def test_two_readers_of_one_x_share_planes() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
