@@ -1,0 +1,213 @@
+"""The Triton kernels that a GPU would get for a partitioned model, generated and compiled without a GPU.
+
+A model is traced and partitioned on fake CPU tensors with the layout of a GPU, its two graphs are moved to
+fake CUDA tensors, and Inductor's code generation runs while torch is told of one H100. Nothing is launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.passes.record import GraphRecord
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.fx_passes.post_grad import post_grad_passes
+from torch._inductor.graph import GraphLowering
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from fewbit_fx.config import FewBitConfig
+
+CUDA = torch.device("cuda", 0)
+H100 = DeviceProperties(
+    type="cuda",
+    index=0,
+    multi_processor_count=132,
+    cc=90,
+    major=9,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    warp_size=32,
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One generated kernel: its whole source, and how often it loads and stores."""
+
+    name: str
+    source: str
+
+    @property
+    def loads(self) -> int:
+        return self.source.count("tl.load(")
+
+    @property
+    def stores(self) -> int:
+        return self.source.count("tl.store(")
+
+
+@dataclass(frozen=True)
+class Generated:
+    forward: list[Kernel]
+    backward: list[Kernel]
+    record: GraphRecord
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return len(self.forward), len(self.backward)
+
+
+def generate(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, config: FewBitConfig) -> Generated:
+    """The kernels of a model's forward and backward. Inputs and parameters have the dtype."""
+    fake = FakeTensorMode()
+    names = [name for name, _ in model.named_parameters()]
+    with fake:
+        given = [torch.empty(p.shape, dtype=dtype, requires_grad=p.requires_grad) for p in model.parameters()]
+        given.append(torch.empty(shape, dtype=dtype, requires_grad=True))
+
+        def run(*args: Tensor) -> tuple[Tensor]:
+            return (torch.func.functional_call(model, dict(zip(names, args[:-1], strict=True)), args[-1:]),)
+
+        joint = aot_export_joint_simple(run, given, trace_joint=True, decompositions=select_decomp_table())
+    with V.set_fake_mode(fake):
+        joint_graph_passes(joint)
+    records: list[GraphRecord] = []
+    static = list(range(len(names)))
+    with fake, mock.patch("fewbit_fx.codec.lanes_on", return_value=1):
+        partitioner = FewBitPartitioner(config, records.append)
+        pair = partitioner(joint, _inputs(joint), num_fwd_outputs=1, static_lifetime_input_indices=static)
+    forward, backward = (_kernels(_code(_on_cuda(gm, fake), fake)) for gm in pair)
+    return Generated(forward, backward, records[0])
+
+
+def _inputs(gm: fx.GraphModule) -> list[Any]:
+    return [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+
+
+def _on_cuda(gm: fx.GraphModule, fake: FakeTensorMode) -> fx.GraphModule:
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
+        return CUDA if isinstance(value, torch.device) else value
+
+    with fake:
+        for node in gm.graph.nodes:
+            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), moved)
+            if "val" in node.meta:
+                node.meta["val"] = tree_map(moved, node.meta["val"])
+    gm.recompile()
+    return gm
+
+
+def _code(gm: fx.GraphModule, fake: FakeTensorMode) -> str:
+    with pretend_cuda(), V.set_fake_mode(fake):
+        post_grad_passes(gm, is_inference=False)
+        graph = GraphLowering(gm, example_inputs=_inputs(gm), is_inference=False)
+        with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
+            graph.run(*_inputs(gm))
+            code, _ = graph.codegen()
+    return getattr(code, "value", code)
+
+
+def _kernels(code: str) -> list[Kernel]:
+    return [Kernel(*found) for found in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.DOTALL)]
+
+
+class _Properties:
+    major, minor, multi_processor_count, name = 9, 0, 132, "H100"
+    total_memory, warp_size, gcnArchName = 80 << 30, 32, ""  # noqa: N815  (torch's names)
+    regs_per_multiprocessor, max_threads_per_multi_processor, max_threads_per_block = 65536, 2048, 1024
+    shared_memory_per_block_optin = 232448
+
+
+@contextlib.contextmanager
+def pretend_cuda() -> Iterator[None]:
+    """Let Inductor's code generation see one H100."""
+    replaced: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "get_device_properties", lambda *_: _Properties()),
+        (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (DeviceProperties, "create", lambda _: H100),
+        (importlib.import_module("torch.utils._triton"), "triton_hash_with_backend", lambda: "offline"),
+    ]
+    replaced.append(
+        (importlib.import_module("torch._inductor.runtime.triton_helpers"), "set_driver_to_gpu", lambda: None)
+    )
+    for name in ("scheduler", "utils", "codegen.triton"):
+        replaced.append((importlib.import_module(f"torch._inductor.{name}"), "has_triton", lambda *_, **__: True))
+    replaced.append((importlib.import_module("torch.utils._triton"), "has_triton", lambda *_, **__: True))
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in replaced:
+            if hasattr(owner, name):
+                stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one configuration of a compiled kernel takes: registers and bytes of spills, a thread."""
+
+    registers: int
+    spilled: int
+
+
+def compile_for_sm90(kernel: Kernel) -> list[Resources]:
+    """Compile a kernel for an H100 in each configuration that Inductor would try."""
+    import triton
+    from torch._inductor.runtime import triton_heuristics
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    found: list[Any] = []
+
+    def keep(_size_hints: Any, configs: Any, triton_meta: Any, *_: Any, **__: Any) -> Any:
+        return lambda function: found.append((function, configs, triton_meta)) or function
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(triton_heuristics, "cached_autotune", keep):
+        file = Path(folder) / "kernel.py"
+        file.write_text(kernel.source)
+        spec = importlib.util.spec_from_file_location("kernel", file)
+        assert spec is not None
+        assert spec.loader is not None
+        with pretend_cuda():
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        ((function, configs, meta),) = found
+        results = []
+        for config in configs:
+            signature, given = dict(meta["signature"]), {**meta.get("constants", {}), **config.kwargs}
+            constants = {k: given[k] for k, v in signature.items() if v == "constexpr"}
+            source = ASTSource(fn=function, signature=signature, constexprs=constants)
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            results.append(_resources(compiled.asm["cubin"], Path(folder)))
+        return results
+
+
+def _resources(cubin: bytes, folder: Path) -> Resources:
+    import triton
+
+    (folder / "kernel.cubin").write_bytes(cubin)
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(folder / "kernel.cubin")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"])

@@ -1,0 +1,114 @@
+"""No extra kernels on a GPU: encode and decode ride in the kernels that run anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewbit_fx.config import FewBitConfig
+
+pytest.importorskip("triton", reason="Triton, which generates a GPU's kernels, is not installed")
+from offline_triton import Generated, compile_for_sm90, generate
+
+PLAIN = FewBitConfig(derivatives=False, masks=False, strict=True)
+
+
+def both(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, bits: int = 3) -> tuple[Generated, Generated]:
+    """The kernels without and with fewbit."""
+    return tuple(generate(model, shape, dtype, c) for c in (PLAIN, FewBitConfig(bits=bits, strict=True)))  # type: ignore[return-value]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block in plain operations; ``scale`` and ``rounded`` surround the activation."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor], dropout: float, width: int = 256) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.activation, self.drop = activation, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        weights = (q @ k.transpose(-1, -2) / 8).softmax(-1)
+        x = x + self.drop(self.out((weights @ v).transpose(1, 2).flatten(2)))
+        return x + self.drop(self.down(self.activation(self.up(self.norm2(x)))))
+
+
+def mlp(activation: Callable[[Tensor], Tensor], frozen: bool = False) -> nn.Module:
+    class MLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(256, 1024)
+            self.down = nn.Linear(1024, 256).requires_grad_(not frozen)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(activation(self.up(x)))
+
+    return MLP()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gelu_between_linear_layers(dtype: torch.dtype, bits: int) -> None:
+    """Forward: x in, y and b planes out, in one kernel. Backward: g and b planes in.
+
+    In float32, where x is not saved, Inductor takes the bias from the matrix product into that kernel.
+    """
+    plain, fewbit = both(mlp(F.gelu), (2048, 256), dtype, bits)
+    assert [s.action for s in fewbit.record.sites] == [f"coded in {bits} bit{'s' if bits > 1 else ''}"]
+    assert fewbit.counts == plain.counts
+    ((before,), (after,)) = plain.forward, fewbit.forward
+    assert (before.loads, before.stores) == (1, 1)
+    assert (after.loads, after.stores) == (2 if dtype == torch.float32 else 1, 1 + bits)
+    assert any("erf" in kernel.source for kernel in plain.backward)
+    (decoding,) = (kernel for kernel in fewbit.backward if ">>" in kernel.source)
+    assert (decoding.loads, decoding.stores) == (1 + bits, 1)
+    assert all("erf" not in kernel.source for kernel in fewbit.backward)
+
+
+SURROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout after": lambda x: F.dropout(F.gelu(x), 0.1),
+    "dropout before": lambda x: F.gelu(F.dropout(x, 0.1)),
+    "bias and scale": lambda x: 0.5 * F.silu(x + torch.ones(1024, dtype=x.dtype)),
+    "wider": lambda x: F.gelu(x.float()).to(x.dtype),
+    "ReLU and dropout": lambda x: F.dropout(F.relu(x), 0.1),
+    "two functions": lambda x: torch.tanh(x).sin(),
+    "softplus": F.softplus,
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_surroundings(name: str, frozen: bool) -> None:
+    plain, fewbit = both(mlp(SURROUNDINGS[name], frozen), (2048, 256), torch.bfloat16)
+    assert all(s.action != "left exact" for s in fewbit.record.sites)
+    assert fewbit.counts == plain.counts
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_transformer_block(dtype: torch.dtype, dropout: float, lora: bool) -> None:
+    """Layer norm, residual sums, dropout: the same number of kernels, forward and backward."""
+    block = Block(F.gelu, dropout)
+    if lora:
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(name.startswith(("qkv", "out")))
+    plain, fewbit = both(block, (8, 256, 256), dtype)
+    assert [s.action for s in fewbit.record.sites if s.function == "gelu"] == ["coded in 3 bits"]
+    assert fewbit.record.fewbit_bytes < 0.9 * fewbit.record.plain_bytes
+    assert fewbit.counts == plain.counts
+
+
+def test_registers_and_spills_on_sm90() -> None:
+    """Each kernel has a configuration that spills nothing, and Inductor tries them all."""
+    for dtype in (torch.bfloat16, torch.float32):
+        _, fewbit = both(mlp(F.gelu), (2048, 256), dtype)
+        for kernel in (*fewbit.forward, *fewbit.backward):
+            found = compile_for_sm90(kernel)
+            assert any(r.spilled == 0 for r in found), (kernel.name, found)
