@@ -112,6 +112,11 @@ def decode(
     return choose([torch.full((), c, dtype=dtype, device=planes[0].device) for c in padded(levels)], bits)
 
 
+def multiply(gradient: Tensor, level: Tensor) -> Tensor:
+    """``gradient * level``, and 0 where the level is 0, also for an infinite gradient, as torch's masks give it."""
+    return torch.where(level == 0, 0.0, gradient * level)
+
+
 def padded(levels: tuple[float, ...]) -> tuple[float, ...]:
     """A level for every code, those that are never used included."""
     return (*levels, *levels[-1:] * (2 ** bits_for(levels) - len(levels)))

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fewbit_fx.codec import decode, encode, plane_layout
+from fewbit_fx.codec import decode, encode, multiply, plane_layout
+from fewbit_fx.config import FewBitConfig
 from fewbit_fx.fitting import codebook
 from fewbit_fx.functions import trace_derivative
 from fewbit_fx.kernels import Form, at_least_float32, encode_tensor, multiply_by_level
@@ -90,6 +91,9 @@ def apply_activation(name: str, x: Tensor, bits: int, inplace: bool = False, **a
     Raises:
         ValueError, TypeError: ``bits`` is not allowed.
     """
+    _require_bits(bits)
+    if not x.is_floating_point():  # complex numbers have another derivative
+        return Activation(name, tuple(arguments.items()))(x)
     if torch.compiler.is_compiling():
         function = functools.partial(getattr(F, name), **arguments)
         levels = _levels_of_activation(name, tuple(arguments.items()), bits)
@@ -100,11 +104,28 @@ def apply_activation(name: str, x: Tensor, bits: int, inplace: bool = False, **a
     return x.copy_(y) if inplace else y
 
 
-def apply_function(function: Pointwise, x: Tensor, bits: int) -> Tensor:
-    """The same for any pointwise function. Raises as :func:`fewbit_fx.codebook` does."""
+def apply_function(function: Pointwise, x: Tensor, bits: int, levels: tuple[float, ...] | None = None) -> Tensor:
+    """The same for any pointwise function. Raises as :func:`fewbit_fx.codebook` does.
+
+    Args:
+        function: Pointwise, hashable, and equal for equal functions.
+        x: Tensor of any shape and floating point dtype.
+        bits: 1 to 8.
+        levels: Of its codebook, where they are known. Dynamo of torch 2.11 can look them up by itself for
+            plain functions, not for callable objects.
+    """
+    _require_bits(bits)
+    if not x.is_floating_point():
+        raise TypeError(f"a few-bit function takes floating point tensors; got {x.dtype}")
     if torch.compiler.is_compiling():
-        return _apply(_InGraph, x, function, _levels_of_function(function, bits))
+        return _apply(_InGraph, x, function, levels or _levels_of_function(function, bits))
     return coded_function(function, bits)(x)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
+def _require_bits(bits: int) -> bool:
+    """Raise as every other use of the option does, whatever a cache holds."""
+    return FewBitConfig(bits=bits).bits == bits
 
 
 def coded_activation(activation: Activation, bits: int, dtype: torch.dtype) -> CodedFunction | None:
@@ -199,7 +220,7 @@ class _InGraph(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         wide = at_least_float32(gradient)
         level = decode(ctx.saved_tensors, ctx.levels, ctx.layout, ctx.shape, wide.dtype)
-        return (wide * level).to(ctx.dtype), None, None
+        return multiply(wide, level).to(ctx.dtype), None, None
 
 
 class FrozenPReLU(torch.autograd.Function):
@@ -217,7 +238,7 @@ class FrozenPReLU(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """The gradient where x is positive, and the slopes times it elsewhere."""
         words, weight = ctx.saved_tensors
-        positive = _apply(_Decode, gradient, words, ctx.codebook, ctx.form)
+        positive = multiply_by_level(torch.ones_like(gradient), words, ctx.codebook, ctx.form) != 0
         if weight.numel() > 1:
             weight = weight.view(-1, *[1] * (gradient.dim() - 2))
-        return positive + weight * (gradient - positive), None  # one of the two terms is 0
+        return torch.where(positive, gradient, weight * gradient), None

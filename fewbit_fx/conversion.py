@@ -53,20 +53,26 @@ def convert(model: nn.Module, bits: int = 3) -> dict[str, nn.Module | Callable[.
     FewBitConfig(bits=bits)
     replaced: dict[str, nn.Module | Callable[..., Any]] = {}
     known: dict[nn.Module, nn.Module | None] = {}  # a module used in several places stays one
-    for path, parent in list(model.named_modules()):
-        if known.get(parent) is not None:
-            continue  # it is within its replacement now, and to stay as it is
-        for name, child in list(parent.named_children()):
-            if child not in known:
-                known[child] = _few_bit_form(child, bits)
-            new = known[child]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    closed: set[str] = set()  # what a replacement calls is to stay as it is
+    for path, module in modules.items():
+        head, _, name = path.rpartition(".")
+        if (path and head in closed) or isinstance(module, fewbit_fx.nn.Pointwise):
+            closed.add(path)
+            continue
+        if path:
+            if module not in known:
+                known[module] = _few_bit_form(module, bits)
+            new = known[module]
             if new is not None:
-                setattr(parent, name, new)
-                replaced[f"{path}.{name}".lstrip(".")] = child
-        for name, value in list(vars(parent).items()):
-            if callable(value) and not name.startswith("_") and _hashable(value) and value in _FUNCTIONS:
-                setattr(parent, name, functools.partial(_FUNCTIONS[value], bits=bits))
-                replaced[f"{path}.{name}".lstrip(".")] = value
+                setattr(modules[head], name, new)
+                replaced[path] = module
+                closed.add(path)
+                continue
+        for attribute, value in list(vars(module).items()):
+            if callable(value) and not attribute.startswith("_") and _hashable(value) and value in _FUNCTIONS:
+                setattr(module, attribute, functools.partial(_FUNCTIONS[value], bits=bits))
+                replaced[f"{path}.{attribute}".lstrip(".")] = value
     return replaced
 
 

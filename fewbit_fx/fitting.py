@@ -41,6 +41,8 @@ def codebook(function: str | Pointwise, bits: int, density: Density | Tensor | s
         density = Observed(density)
     if isinstance(function, str):
         function = activation(function)
+    if isinstance(density, Observed):  # not kept: a cache would keep the tensor
+        return fit(derivative_of(function), bits, density)
     return _fitted(function, bits, density)
 
 

@@ -136,6 +136,7 @@ def rrelu(
 ) -> Tensor:
     """:func:`torch.nn.functional.rrelu`; in training, with its random slopes, it is torch's own."""
     if training:
+        FewBitConfig(bits=bits)
         return F.rrelu(input, lower, upper, training, inplace)
     return apply_activation("leaky_relu", input, bits, inplace, negative_slope=(lower + upper) / 2)
 

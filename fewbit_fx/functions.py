@@ -86,6 +86,8 @@ def derivative_of(function: Callable[[Tensor], Tensor]) -> Function:
                 raise ValueError(f"the function cannot be evaluated on a float64 tensor: {fault}") from fault
             if not (isinstance(y, Tensor) and y.shape == point.shape and _same(y.detach()[1::2], part)):
                 raise ValueError("the function is not pointwise: an output depends on more than its own input")
+            if part.requires_grad:
+                raise ValueError("the function reads trained tensors, whose gradient would be lost")
             if not y.requires_grad:
                 return np.zeros(len(x))
             (gradient,) = torch.autograd.grad(y.sum(), point)
@@ -107,7 +109,7 @@ def trace_derivative(function: Callable[[Tensor], Tensor]) -> fx.GraphModule:
         return gradient
 
     with _undisturbed():
-        example = torch.linspace(-1, 1, 6).view(2, 3).requires_grad_()
+        example = torch.linspace(-1, 1, 6, dtype=torch.float32, device="cpu").view(2, 3).requires_grad_()
         return trace_for_all_shapes(derivative, example)
 
 
@@ -116,7 +118,8 @@ def _undisturbed() -> Iterator[None]:
     """Autograd by itself, whatever goes on around: a trace, autocast, no_grad, hooks on saved tensors."""
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
     autocast = torch.autocast("cpu", enabled=False)
-    with real_mode(), torch.inference_mode(False), torch.enable_grad(), autocast, hooks:
+    anomaly = torch.autograd.set_detect_anomaly(False)  # its check for NaN would be traced
+    with real_mode(), torch.inference_mode(False), torch.enable_grad(), autocast, hooks, anomaly:
         yield
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fewbit_fx.codec import WORD_BITS, choose, encode, lanes_on, memory_order, padded, plane_layout
+from fewbit_fx.codec import WORD_BITS, choose, encode, lanes_on, memory_order, multiply, padded, plane_layout
 from fewbit_fx.levels import Codebook
 
 Pointwise = Callable[[Tensor], Tensor]
@@ -86,7 +86,7 @@ def encode_tensor(derivative: Pointwise, codebook: Codebook, x: Tensor) -> Tenso
     """Codes of f'(x).
 
     Args:
-        derivative: f', pointwise, in float32 or float64; its kernel is kept as long as itself.
+        derivative: f', pointwise, in float32 or float64; a cache keeps it and its kernel.
         codebook: Of f'.
         x: Tensor of any shape, strides and floating point dtype; only read.
 
@@ -126,8 +126,8 @@ def multiply_by_level(gradient: Tensor, words: Tensor, codebook: Codebook, form:
         if form.whole:
             parts = [kernel(_bare(flat[: form.whole]), _bare(words[:, :first].reshape(-1)), levels)]
         if form.rest:
-            padding = 2 * form.lanes - (words.shape[1] - first)
-            last = _bare(pad(words[:, first:], (0, padding)).view(-1))
+            missing = 2 * form.lanes - (words.shape[1] - first)
+            last = _bare(pad(words[:, first:], (0, missing)).view(-1))
             tail = kernel(_deal_out(flat[form.whole :], form.lanes), last, levels)
             parts.append(_collect(tail, form.lanes)[: form.rest])
         if not parts:
@@ -170,7 +170,7 @@ def _decoder(bits: int, _gradient: torch.dtype, dtype: torch.dtype, _device: str
         wide = at_least_float32(blocks)
         planes = words.view(bits, -1, 1, layout.lanes).unbind()
         codes = [layout.unpack(plane, blocks.shape) != 0 for plane in planes]
-        return (wide * choose(levels.to(wide.dtype).unbind(), codes)).to(dtype).view(-1)
+        return multiply(wide, choose(levels.to(wide.dtype).unbind(), codes)).to(dtype).view(-1)
 
     return _compiled(decoder)
 

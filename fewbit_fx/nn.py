@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewbit_fx import functional as F
-from fewbit_fx.coded import coded_function
+from fewbit_fx.coded import apply_function, coded_function
 from fewbit_fx.config import FewBitConfig
 
 
@@ -48,12 +48,12 @@ class Pointwise(_FewBit):
 
     def __init__(self, function: Callable[[Tensor], Tensor], bits: int = 3) -> None:
         super().__init__(bits=bits)
-        coded_function(function, bits)  # to fail here, not in training
         self.function = function
+        self.levels = coded_function(function, bits).codebook.levels  # and to fail here, not in training
 
     def forward(self, input: Tensor) -> Tensor:
         """``function(input)``."""
-        return F.pointwise(self.function, input, bits=self.bits)
+        return apply_function(self.function, input, self.bits, self.levels)
 
 
 class ELU(_FewBit, nn.ELU):

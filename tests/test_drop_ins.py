@@ -310,7 +310,7 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
 
 
 @pytest.mark.usefixtures("eager_kernels")
-@pytest.mark.parametrize("name", ["GELU", "ReLU", "PReLU"])
+@pytest.mark.parametrize("name", ["GELU", "ReLU"])
 def test_double_backward_is_refused(name: str) -> None:
     x = torch.randn(8, requires_grad=True)
     (gradient,) = torch.autograd.grad(pair(name)[0](x).square().sum(), x, create_graph=True)
@@ -331,6 +331,46 @@ class Nested(nn.Module):
         for layer in self.second:
             x = layer(self.first(x))
         return self.own(self.function(x))
+
+
+@pytest.mark.usefixtures("eager_kernels")
+@pytest.mark.parametrize("name", ["ReLU", "Hardtanh", "Hardshrink", "Threshold", "PReLU"])
+def test_infinite_gradients_stay_out_where_torch_masks_them(name: str) -> None:
+    ours, torchs = pair(name)
+    x = torch.tensor([-3.0, -1.0, 0.0, 0.2, 0.4, 5.0], requires_grad=True)
+    direction = torch.full((6,), torch.inf)
+    (found,), (exact,) = (torch.autograd.grad(module(x), x, direction) for module in (ours, torchs))
+    assert torch.equal(found, exact)
+
+
+def test_trained_tensors_within_a_function_are_refused() -> None:
+    beta = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="trained tensors, whose gradient would be lost"):
+        fewbit_fx.nn.Pointwise(lambda x: x * torch.sigmoid(beta * x))
+
+
+def test_complex_numbers() -> None:
+    x = torch.randn(8, dtype=torch.complex64, requires_grad=True)
+    found, exact = (torch.autograd.grad(f(x).abs().sum(), x)[0] for f in (fewbit_fx.functional.tanh, F.tanh))
+    assert torch.equal(found, exact)
+    with pytest.raises(TypeError, match=r"floating point tensors; got torch\.complex64"):
+        fewbit_fx.functional.pointwise(torch.atan, x)
+
+
+@pytest.mark.usefixtures("eager_kernels")
+def test_first_use_under_anomaly_detection() -> None:
+    x = torch.randn(8, requires_grad=True)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        fewbit_fx.functional.celu(x, 0.123).sum().backward()
+    assert x.grad is not None
+
+
+def test_convert_a_module_used_twice_by_one_parent_and_twice_over() -> None:
+    shared = nn.GELU()
+    model = nn.Sequential(shared, nn.Identity(), shared, fewbit_fx.nn.Pointwise(nn.SiLU()))
+    assert fewbit_fx.convert(model).keys() == {"0", "2"}
+    assert model[0] is model[2]
+    assert type(model[3].function) is nn.SiLU
 
 
 @pytest.mark.usefixtures("eager_kernels")
@@ -444,6 +484,18 @@ def test_within_torch_compile(backend: str) -> None:
     assert exact_total - total == 2 * 128 * 64 * 4 - 128 * 64 * (3 + 4) // 8
     found, exact = (torch.autograd.grad(t.square().sum(), list(model.parameters())) for t in (y, expected))
     assert all(0 < (a - b).norm() <= 0.1 * b.norm() for a, b in zip(found[:2], exact[:2], strict=True))
+
+
+def test_a_converted_hugging_face_activation_within_torch_compile() -> None:
+    activations = pytest.importorskip("transformers.activations", reason="Hugging Face transformers is not installed")
+    model = nn.Sequential(nn.Linear(8, 16), activations.ACT2FN["gelu_new"], nn.Linear(16, 4))
+    fewbit_fx.convert(model)
+    x = torch.randn(64, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+    with torch.compiler.set_stance("force_eager"):
+        expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    assert close_to_oracle(list(found), list(expected))
 
 
 def test_functions_within_torch_compile() -> None:
