@@ -65,8 +65,7 @@ def compare(functions: Sequence[str], reference: Mapping[str, Array]) -> Iterato
         power = float(np.sum(exact**2)) * width
         for bits in BITS:
             book = fewbit_fx.codebook(name, bits, Uniform(-WINDOW, WINDOW))
-            ours = np.array(book.levels)[np.searchsorted(book.boundaries, exact, side="right")]
-            error = float(np.sum((ours - exact) ** 2)) * width
+            error = float(np.sum((book.nearest(exact) - exact) ** 2)) * width
             theirs = _reference_error(reference, f"{name}{bits:02d}", x, exact)
             shipped = None if theirs is None else theirs * width
             relative = None if shipped is None else math.sqrt(shipped / power)

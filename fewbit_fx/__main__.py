@@ -58,7 +58,7 @@ def _show_codebook(name: str, bits: int, density: Density, plot: Path | None) ->
 
 def _codebook_table(book: Codebook, sample: Sample) -> list[str]:
     """A line per code; which values of f' it stands for, and the share of x it is used for."""
-    codes = np.searchsorted(book.boundaries, sample.values, side="right")
+    codes = book.codes(sample.values)
     shares = np.bincount(codes, weights=sample.weights, minlength=len(book.levels))
     from_values = ["-inf", *(f"{b:.6f}" for b in book.boundaries)]
     rows = [

@@ -38,7 +38,7 @@ class BitPlanes:
 
     def pack(self, bits: Tensor) -> Tensor:
         """Boolean tensor of any shape -> int32 words, shape (blocks, 1, lanes)."""
-        flat = (bits.permute(self.order) if self.order else bits).to(torch.int32)
+        flat = in_memory_order(bits, self.order).to(torch.int32)
         block = WORD_BITS * self.lanes
         if not statically_known_true(flat.numel() % block == 0):
             padding = -flat.numel() % block
@@ -53,10 +53,7 @@ class BitPlanes:
         numel = math.prod(shape)
         if not statically_known_true(numel % (WORD_BITS * self.lanes) == 0):
             flat = flat.reshape(-1)[:numel]
-        if not self.order:
-            return flat.reshape(shape)
-        in_memory = flat.reshape([shape[d] for d in self.order])
-        return in_memory.permute([self.order.index(d) for d in range(len(self.order))])
+        return from_memory_order(flat, shape, self.order)
 
     def nbytes(self, x: Tensor) -> int:
         """Bytes of one plane of a tensor, by hint where its size is symbolic."""
@@ -85,6 +82,23 @@ def memory_order(x: Tensor) -> tuple[int, ...]:
         return ()
     order = tuple(sorted(range(x.dim()), key=lambda d: -strides[d]))
     return () if order == tuple(range(x.dim())) else order
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def in_memory_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """x with its dimensions in the order of :func:`memory_order`."""
+    return x.permute(order) if order else x
+
+
+def from_memory_order(flat: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Tensor:
+    """The tensor of this shape whose elements, in that order, are ``flat``."""
+    if not order:
+        return flat.reshape(shape)
+    return flat.reshape([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
 
 
 def encode(values: Tensor, levels: tuple[float, ...], layout: BitPlanes) -> list[Tensor]:

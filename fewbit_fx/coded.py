@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fewbit_fx.codec import decode, encode, multiply, plane_layout
+from fewbit_fx.codec import at_least_float32, decode, encode, multiply, plane_layout
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.fitting import codebook
-from fewbit_fx.functions import trace_derivative
-from fewbit_fx.kernels import Form, at_least_float32, encode_tensor, multiply_by_level
+from fewbit_fx.functions import Pointwise, trace_derivative
+from fewbit_fx.kernels import Form, encode_tensor, multiply_by_level
 from fewbit_fx.levels import Codebook
 from fewbit_fx.sampling import NotCodableError
-
-Pointwise = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import fx, nn
 
 from fewbit_fx._torch import partition_only
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.frames import in_a_frame_of_its_own
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.report import Report
@@ -42,21 +41,12 @@ def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig |
     original = getattr(model, "_orig_mod", model)
     devices = range(torch.cuda.device_count())
     with _unchanged_buffers(original), torch.random.fork_rng(devices), torch.enable_grad():
-        torch.compile(_in_a_frame_of_its_own(original), backend=partition)(*args, **kwargs)
+
+        def explained(*args: Any, **kwargs: Any) -> Any:
+            return original(*args, **kwargs)
+
+        torch.compile(in_a_frame_of_its_own(explained), backend=partition)(*args, **kwargs)
     return Report(tuple(records))
-
-
-def _in_a_frame_of_its_own(model: Callable[..., Any]) -> Callable[..., Any]:
-    """Call the model from a new code object, so that Dynamo's cache for the model's own is not touched."""
-
-    def explained(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    code = explained.__code__.replace(co_name=f"explained_{next(_frames)}")
-    return types.FunctionType(code, globals(), closure=explained.__closure__)
-
-
-_frames = itertools.count()
 
 
 @contextlib.contextmanager

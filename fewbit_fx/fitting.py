@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 from torch import Tensor
 
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.density import Density, Observed, parse_density
-from fewbit_fx.functions import activation, derivative_of
+from fewbit_fx.functions import Pointwise, activation, derivative_of
 from fewbit_fx.levels import Codebook, fit_codebook
 from fewbit_fx.sampling import Function, sample_derivative
-
-Pointwise = Callable[[Tensor], Tensor]
 
 
 def codebook(function: str | Pointwise, bits: int, density: Density | Tensor | str = "uniform") -> Codebook:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbit_fx.coded import FrozenPReLU, Pointwise, apply_activation, apply_function
+from fewbit_fx.coded import FrozenPReLU, apply_activation, apply_function
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.functions import Pointwise
 
 _BITS = 3
 

@@ -16,7 +16,9 @@ from fewbit_fx._torch import real_mode, trace_for_all_shapes
 from fewbit_fx.levels import Array
 from fewbit_fx.sampling import Function
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Pointwise = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Pointwise] = {
     "gelu": F.gelu,
     "gelu (tanh)": lambda x: F.gelu(x, approximate="tanh"),
     "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -49,7 +51,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _PROBE: Array = np.linspace(-7.93, 7.97, 160)
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
+def activation(name: str) -> Pointwise:
     """The function of a name in :data:`ACTIVATIONS`, whatever its case, blanks and punctuation.
 
     Raises:
@@ -69,7 +71,7 @@ def _letters(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
-def derivative_of(function: Callable[[Tensor], Tensor]) -> Function:
+def derivative_of(function: Pointwise) -> Function:
     """The derivative of a pointwise function of a tensor, by autograd in float64 on the CPU.
 
     Raises (when called):
@@ -96,7 +98,7 @@ def derivative_of(function: Callable[[Tensor], Tensor]) -> Function:
     return derivative
 
 
-def trace_derivative(function: Callable[[Tensor], Tensor]) -> fx.GraphModule:
+def trace_derivative(function: Pointwise) -> fx.GraphModule:
     """The derivative of a pointwise function as a graph of ATen operations, for tensors of any shape.
 
     Args:

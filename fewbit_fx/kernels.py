@@ -13,20 +13,29 @@ of a plane are padding, and each function is compiled once per bits, dtype and d
 from __future__ import annotations
 
 import functools
-import itertools
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fewbit_fx.codec import WORD_BITS, choose, encode, lanes_on, memory_order, multiply, padded, plane_layout
+from fewbit_fx.codec import (
+    WORD_BITS,
+    at_least_float32,
+    choose,
+    encode,
+    from_memory_order,
+    in_memory_order,
+    lanes_on,
+    memory_order,
+    multiply,
+    padded,
+    plane_layout,
+)
+from fewbit_fx.frames import in_a_frame_of_its_own
+from fewbit_fx.functions import Pointwise
 from fewbit_fx.levels import Codebook
-
-Pointwise = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,14 +60,11 @@ class Form:
 
     def flatten(self, x: Tensor) -> Tensor:
         """The elements of a tensor of this shape, in this form's order in memory."""
-        return (x.permute(self.order) if self.order else x).reshape(-1)
+        return in_memory_order(x, self.order).reshape(-1)
 
     def unflatten(self, flat: Tensor) -> Tensor:
         """The inverse of :meth:`flatten`."""
-        if not self.order:
-            return flat.view(self.shape)
-        in_memory = flat.view([self.shape[d] for d in self.order])
-        return in_memory.permute([self.order.index(d) for d in range(len(self.order))])
+        return from_memory_order(flat, self.shape, self.order)
 
     @property
     def lanes(self) -> int:
@@ -75,11 +81,6 @@ class Form:
     def rest(self) -> int:
         """The remaining elements, less than two blocks."""
         return self.shape.numel() - self.whole
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 where it is."""
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
 def encode_tensor(derivative: Pointwise, codebook: Codebook, x: Tensor) -> Tensor:
@@ -137,8 +138,8 @@ def multiply_by_level(gradient: Tensor, words: Tensor, codebook: Codebook, form:
 
 def _deal_out(rest: Tensor, lanes: int) -> Tensor:
     """Two padded blocks in which element 32 * i + j comes to bit j of word i."""
-    padded = pad(rest, (0, 2 * WORD_BITS * lanes - rest.numel()))
-    return _bare(padded.view(2, lanes, WORD_BITS).transpose(1, 2).reshape(-1))
+    blocks = pad(rest, (0, 2 * WORD_BITS * lanes - rest.numel()))
+    return _bare(blocks.view(2, lanes, WORD_BITS).transpose(1, 2).reshape(-1))
 
 
 def _bare(x: Tensor) -> Tensor:
@@ -181,11 +182,6 @@ def _levels(codebook: Codebook, device: torch.device) -> Tensor:
     return torch.tensor(padded(codebook.levels), dtype=torch.float64, device=device)
 
 
-def _compiled(function: types.FunctionType | Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compile for sizes of all kinds, apart from all others: Dynamo limits compilations per code object."""
-    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
-    own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True)
-
-
-_numbers = itertools.count()
+    return torch.compile(in_a_frame_of_its_own(function), dynamic=True, fullgraph=True)

@@ -43,6 +43,14 @@ class Codebook:
         """Values at which the nearest level changes: midpoints of neighbouring levels."""
         return boundaries_between(self.levels)
 
+    def codes(self, values: Array) -> npt.NDArray[np.int64]:
+        """The code of each value: the index of its nearest level."""
+        return np.searchsorted(self.boundaries, values, side="right").astype(np.int64)
+
+    def nearest(self, values: Array) -> Array:
+        """The level nearest to each value."""
+        return np.asarray(self.levels)[self.codes(values)]
+
 
 def bits_for(levels: tuple[float, ...]) -> int:
     """Bits needed to name one of the levels; at least 1."""

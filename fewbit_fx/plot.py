@@ -23,12 +23,11 @@ def plot_codebook(title: str, book: Codebook, sample: Sample, path: Path) -> Non
     """
     order = np.argsort(sample.x)
     x, exact = sample.x[order], sample.values[order]
-    levels = np.array(book.levels)
-    coded = levels[np.searchsorted(book.boundaries, exact, side="right")]
+    coded = book.nearest(exact)
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
         figure = Figure(figsize=(8, 6), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        for level in levels:
+        for level in book.levels:
             top.axhline(level, color="0.85", linewidth=0.8, zorder=0)
         top.plot(x, exact, color="0.3", linewidth=1.2, label="f'(x)")
         top.plot(x, coded, color="tab:orange", linewidth=1.6, label="level")

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from fewbit_fx.passes.graph import value_of
 from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
 from torch import Tensor
 
-from fewbit_fx.codec import BitPlanes, decode, encode, plane_layout
+from fewbit_fx.codec import BitPlanes, at_least_float32, decode, encode, plane_layout
 from fewbit_fx.levels import Codebook
 
 
@@ -45,11 +44,11 @@ class Coded:
 
     def encode(self, site: DerivativeSite, x: Tensor) -> list[Tensor]:
         """Bit planes of f'(x)."""
-        return encode(_at_least_float32(site.derivative(x)), self.codebook.levels, self.layout(site))
+        return encode(at_least_float32(site.derivative(x)), self.codebook.levels, self.layout(site))
 
     def gradient(self, site: DerivativeSite, g: Tensor, planes: list[Tensor]) -> Tensor:
         """The exit gradient, from the entry gradient and the planes."""
-        wide = _at_least_float32(g)
+        wide = at_least_float32(g)
         like = value_of(site.exit)
         level = decode(planes, self.codebook.levels, self.layout(site), like.shape, wide.dtype)
         return (wide * level).to(like.dtype)
@@ -93,7 +92,3 @@ def code_bytes(site: Site, representation: Representation) -> int | None:
         case MaskSite(), PackedMask():
             return representation.nbytes(site)
     return None
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
