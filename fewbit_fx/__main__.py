@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         _show_codebook(options.function, options.bits, parse_density(options.density), options.plot)
-    except (ValueError, TypeError) as mistake:
+    except (ValueError, TypeError, OSError) as mistake:  # OSError: the file to plot to
         sys.exit(f"fewbit_fx: {mistake}")
 
 

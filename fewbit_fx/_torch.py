@@ -5,20 +5,25 @@ Nothing else in fewbit-fx imports from a ``torch._*`` module or reads a private 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch._C._functorch import peek_interpreter_stack  # None outside of torch.func's transforms
 from torch._dynamo import register_backend  # the registry behind torch.compile(backend="name")
 from torch._functorch.partitioners import _size_of
-from torch._guards import CompileContext
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._guards import CompileContext, tracing
 from torch._inductor.custom_graph_pass import CustomPartitionerFn  # base class Inductor asserts
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx, py_sym_types
 from torch.fx.experimental.symbolic_shapes import statically_known_true  # reads, never adds a guard
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 __all__ = [
     "CustomPartitionerFn",
@@ -29,21 +34,72 @@ __all__ = [
     "inductor_options",
     "hint",
     "is_symbol",
+    "mode_of",
     "nbytes",
+    "neutral_hooks",
     "partition_only",
     "partition_settings",
     "real_mode",
     "register_backend",
+    "runs_compiled",
+    "share_hooks",
     "statically_known_true",
     "storage_key",
     "storage_nbytes",
     "trace_for_all_shapes",
+    "version",
+    "without_hooks",
 ]
 
 
-def real_mode() -> AbstractContextManager[Any]:
-    """Leave the fake tensor mode that is active in a partitioner, to compute on real numbers."""
-    return _disable_current_modes()
+@contextlib.contextmanager
+def real_mode() -> Iterator[None]:
+    """Leave whatever trace or transform is under way, with its fake tensor mode, to compute on real numbers."""
+    with _disable_current_modes(), tracing(None), temporarily_clear_interpreter_stack():
+        yield
+
+
+def neutral_hooks() -> AbstractContextManager[None]:
+    """Keep saved tensors from the hooks of others. Where hooks are forbidden, as in torch.func, there are none."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+
+
+def mode_of(x: Tensor) -> AbstractContextManager[Any]:
+    """The mode in which tensors to go with x are made: its own if x is fake."""
+    return x.fake_mode if isinstance(x, FakeTensor) else contextlib.nullcontext()
+
+
+def runs_compiled(*tensors: Tensor) -> bool:
+    """Whether compiled code may be called on these tensors.
+
+    Not on fake, batched and other special ones, nor on those without data; nor where a dispatch mode or a
+    transform of torch.func wants to see each operation.
+    """
+    observed = is_in_torch_dispatch_mode() or peek_interpreter_stack() is not None
+    return not observed and all(type(t) in (Tensor, nn.Parameter) and t.device.type != "meta" for t in tensors)
+
+
+def version(x: Tensor) -> int:
+    """How often a tensor has been written to."""
+    return x._version
+
+
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let a module have the hooks of another, those that come later included, and its mode."""
+    for name, value in vars(old).items():
+        if "hook" in name or name == "training":
+            setattr(new, name, value)
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """A shallow copy without hooks."""
+    bare = copy.copy(module)
+    for name, value in vars(nn.Module()).items():
+        if "hook" in name:
+            setattr(bare, name, value)
+    return bare
 
 
 def nbytes(node: fx.Node) -> int:
@@ -59,12 +115,35 @@ def storage_key(node: fx.Node) -> object:
     return node
 
 
-def trace_for_all_shapes(function: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor) -> fx.GraphModule:
-    """The ATen operations of a function, with symbolic shapes; real tensors it closes over are constants."""
+def trace_for_all_shapes(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+    """The ATen operations of a function, with symbolic shapes; real tensors it closes over are constants.
+
+    Tensors that it creates come to be on the device of its argument. The result is a plain Python function:
+    Dynamo traces into one wherever it meets it, and not into a GraphModule in a constant's place.
+    """
     traced = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(example)
     traced.graph.eliminate_dead_code()
-    traced.recompile()
-    return traced
+    _follow_the_device(traced.graph, example.device)
+    code = traced.graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(code.src, namespace)
+    constants = SimpleNamespace(**{n.target: getattr(traced, n.target) for n in traced.graph.find_nodes(op="get_attr")})
+    run, dims = namespace["forward"], example.dim()
+    if any(n.target is torch.ops.aten.sym_size.int for n in traced.graph.nodes):  # it holds for as many dimensions
+        return lambda x: run(constants, x.reshape(*[1] * (dims - 1), -1)).reshape(x.shape)
+    return lambda x: run(constants, x)
+
+
+def _follow_the_device(graph: fx.Graph, traced_on: torch.device) -> None:
+    """Read the device of new tensors off the argument, where the trace has the example's."""
+    (argument,) = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(argument):
+        device = graph.call_function(getattr, (argument, "device"))
+    for node in graph.nodes:
+        if node.kwargs.get("device") == traced_on:
+            node.kwargs = {**node.kwargs, "device": device}
+    if not device.users:
+        graph.erase_node(device)
 
 
 def storage_nbytes(node: fx.Node) -> int:

@@ -1,22 +1,24 @@
-"""A pointwise function whose backward reads few-bit codes: what the drop-in functions and modules share."""
+"""What the drop-in functions and modules know of a pointwise function: how to code its derivative."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
-from typing import Any
+import weakref
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from fewbit_fx.codec import at_least_float32, decode, encode, multiply, plane_layout
-from fewbit_fx.config import FewBitConfig
+from fewbit_fx.codec import at_least_float32
 from fewbit_fx.fitting import codebook
-from fewbit_fx.functions import Pointwise, trace_derivative
-from fewbit_fx.kernels import Form, encode_tensor, multiply_by_level
-from fewbit_fx.levels import Codebook
+from fewbit_fx.function_cache import kept_with_the_function, owner_of
+from fewbit_fx.functions import Pointwise, trace_derivative, undisturbed, writes_to_its_input
+from fewbit_fx.kernels import Encoder
 from fewbit_fx.sampling import NotCodableError
+
+DENSITY = "typical"  # as the backend does
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,16 @@ class Activation:
         result: Tensor = getattr(F, self.name)(x, **dict(self.arguments))
         return result
 
+    def thresholds(self) -> dict[str, float]:
+        """The arguments that x is compared with; a float off, and the bit of an element is wrong."""
+        return {k: float(v) for k, v in self.arguments if k in _THRESHOLDS.get(self.name, ())}
+
     def rounded(self, dtype: torch.dtype) -> Activation:
-        """The same with its thresholds rounded to a dtype, in which torch's eager kernels compare."""
-        rounded = dict(self.arguments)
-        for keyword in _THRESHOLDS[self.name]:
-            rounded[keyword] = torch.tensor(rounded[keyword], dtype=dtype).item()
-        return Activation(self.name, tuple(rounded.items()))
+        """The same with its thresholds rounded to a dtype."""
+        rounded = {k: torch.tensor(v, dtype=dtype).item() for k, v in self.thresholds().items()}
+        return Activation(self.name, tuple({**dict(self.arguments), **rounded}.items()))
 
 
-# Arguments that x is compared with; a float off, and the bit of an element is wrong.
 _THRESHOLDS = {
     "hardtanh": ("min_val", "max_val"),
     "hardshrink": ("lambd",),
@@ -52,190 +55,100 @@ _THRESHOLDS = {
 }
 
 
-@dataclass(frozen=True)
-class CodedFunction:
-    """A pointwise function, its derivative, and the derivative's codebook.
+@dataclass(frozen=True, eq=False)
+class CodedDerivative:
+    """The few-bit form of a function's derivative. It does not refer to the function.
 
     Attributes:
-        function: Hashable, and equal for equal functions.
-        derivative: As a graph of ATen operations.
-        codebook: Of the derivative.
+        encoder: Of the derivative.
+        in_place: The function writes to its input, which it is not to have.
     """
 
-    function: Pointwise
-    derivative: fx.GraphModule = field(compare=False)
-    codebook: Codebook
+    encoder: Encoder
+    in_place: bool = False
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``function(x)``; where a gradient is wanted, b bits per element are saved for it."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _apply(_Eager, x, self)
-        return self.function(x)
+    @property
+    def derivative(self) -> Pointwise:
+        """f', in float32 or float64."""
+        return self.encoder.derivative
 
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Of the codebook."""
+        return self.encoder.codebook.levels
 
-def apply_activation(name: str, x: Tensor, bits: int, inplace: bool = False, **arguments: float | str) -> Tensor:
-    """A function of torch.nn.functional with b bits per element saved.
+    def value(self, function: Pointwise, x: Tensor) -> Tensor:
+        """``function(x)``, with x left as it is.
 
-    Args:
-        name: Of the function.
-        x: Tensor of any shape and floating point dtype.
-        bits: 1 to 8.
-        inplace: Write the result to x, as torch's in-place functions do.
-        **arguments: Of the function.
-
-    Where the arguments make a derivative that cannot be coded, such as a constant one, it is torch's own.
-
-    Raises:
-        ValueError, TypeError: ``bits`` is not allowed.
-    """
-    _require_bits(bits)
-    if not x.is_floating_point():  # complex numbers have another derivative
-        return Activation(name, tuple(arguments.items()))(x)
-    if torch.compiler.is_compiling():
-        function = functools.partial(getattr(F, name), **arguments)
-        levels = _levels_of_activation(name, tuple(arguments.items()), bits)
-        y = function(x) if levels is None else _apply(_InGraph, x, function, levels)
-    else:
-        activation = Activation(name, tuple(arguments.items()))
-        y = (coded_activation(activation, bits, x.dtype) or activation)(x)
-    return x.copy_(y) if inplace else y
+        Dynamo of torch 2.11 loses the gradient of what an in-place operation returned, but not that of a copy.
+        """
+        return function(x.clone()).clone() if self.in_place else function(x)
 
 
-def apply_function(function: Pointwise, x: Tensor, bits: int, levels: tuple[float, ...] | None = None) -> Tensor:
-    """The same for any pointwise function. Raises as :func:`fewbit_fx.codebook` does.
-
-    Args:
-        function: Pointwise, hashable, and equal for equal functions.
-        x: Tensor of any shape and floating point dtype.
-        bits: 1 to 8.
-        levels: Of its codebook, where they are known. Dynamo of torch 2.11 can look them up by itself for
-            plain functions, not for callable objects.
-    """
-    _require_bits(bits)
-    if not x.is_floating_point():
-        raise TypeError(f"a few-bit function takes floating point tensors; got {x.dtype}")
-    if torch.compiler.is_compiling():
-        return _apply(_InGraph, x, function, levels or _levels_of_function(function, bits))
-    return coded_function(function, bits)(x)
+@kept_with_the_function
+def coded_function(function: Pointwise, bits: int) -> CodedDerivative:
+    """The few-bit form of any pointwise function. Raises as :func:`fewbit_fx.codebook` does."""
+    fitted = codebook(function, bits, DENSITY)
+    return CodedDerivative(Encoder(trace_derivative(function), fitted), writes_to_its_input(function))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
-def _require_bits(bits: int) -> bool:
-    """Raise as every other use of the option does, whatever a cache holds."""
-    return FewBitConfig(bits=bits).bits == bits
-
-
-def coded_activation(activation: Activation, bits: int, dtype: torch.dtype) -> CodedFunction | None:
-    """The coded form of an activation for eager tensors of a dtype; None if it has none."""
-    compared_in = dtype if activation.name in _THRESHOLDS else None
-    return _coded_activation(activation, bits, compared_in)
+def coded_activation(
+    activation: Activation, bits: int, dtype: torch.dtype, device: torch.device
+) -> CodedDerivative | None:
+    """The few-bit form of an activation for eager tensors of a dtype and device; None if it has none."""
+    return _coded_activation(activation, bits, *((dtype, device.type) if activation.thresholds() else ()))
 
 
 @functools.lru_cache(maxsize=1024)
-def _coded_activation(activation: Activation, bits: int, compared_in: torch.dtype | None) -> CodedFunction | None:
-    fitted = _codebook_of_activation(activation, bits)
-    if fitted is None:
-        return None
-    compared = activation.rounded(compared_in) if compared_in else activation
-    return CodedFunction(activation, trace_derivative(compared), fitted)
-
-
-def _codebook_of_activation(activation: Activation, bits: int) -> Codebook | None:
+def _coded_activation(
+    activation: Activation, bits: int, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> CodedDerivative | None:
     try:
-        return codebook(activation, bits, "typical")  # as the backend does
+        fitted = codebook(activation, bits, DENSITY)
     except NotCodableError:
         return None
+    compared = activation if dtype is None else _as_compared(activation, dtype, device)
+    return None if compared is None else CodedDerivative(Encoder(trace_derivative(compared), fitted))
 
 
-@functools.lru_cache(maxsize=1024)
-def coded_function(function: Pointwise, bits: int) -> CodedFunction:
-    """The coded form of any pointwise function. Raises as :func:`fewbit_fx.codebook` does."""
-    fitted = codebook(function, bits, "typical")
-    return CodedFunction(function, trace_derivative(function), fitted)
+def _as_compared(activation: Activation, dtype: torch.dtype, device: str) -> Activation | None:
+    """The activation with the thresholds that torch's own kernel compares with.
+
+    Some kernels round a threshold to the tensor's dtype and some widen the tensor. Which, they are asked
+    themselves, at the numbers next to each threshold; None if neither explains what they say.
+    """
+    steps = torch.arange(-4.0, 5.0, dtype=torch.float64) * torch.finfo(dtype).eps / 2
+    edges = [sign * v * (1 + steps) for v in activation.thresholds().values() for sign in (-1, 1)]
+    with undisturbed():
+        x = torch.cat(edges).to(device if device != "meta" else "cpu", dtype).requires_grad_()
+        (own,) = torch.autograd.grad(activation(x).sum(), x)
+        for candidate in (activation.rounded(dtype), activation):
+            if torch.equal(trace_derivative(candidate)(at_least_float32(x.detach())).to(dtype), own):
+                return candidate
+    return None
+
+
+# Dynamo cannot hold the result of a function that it does not trace, unless that is a constant. It can read an
+# attribute of a global object, whose name is such a constant.
+NAMED = SimpleNamespace()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]  # Dynamo is not to trace the fit
-def _levels_of_activation(
-    name: str, arguments: tuple[tuple[str, float | str], ...], bits: int
-) -> tuple[float, ...] | None:
-    fitted = _codebook_of_activation(Activation(name, arguments), bits)
-    return fitted.levels if fitted else None
+def name_of_activation(name: str, arguments: tuple[tuple[str, float | str], ...], bits: int) -> str | None:
+    """The attribute of :data:`NAMED` that is the few-bit form of an activation; None if it has none."""
+    coded = _coded_activation(Activation(name, arguments), bits)
+    return None if coded is None else _named(coded)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
-def _levels_of_function(function: Pointwise, bits: int) -> tuple[float, ...]:
-    return codebook(function, bits, "typical").levels
+def name_of_function(function: Pointwise, bits: int) -> str:
+    """The attribute of :data:`NAMED` that is the few-bit form of a function, while that lives."""
+    name = _named(coded_function(function, bits))
+    weakref.finalize(owner_of(function), vars(NAMED).pop, name, None)
+    return name
 
 
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    return function.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call,unused-ignore]
-
-
-class _Eager(torch.autograd.Function):
-    """Outside of torch.compile: the function's own kernel, and compiled ones for the codes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, coded: CodedFunction) -> Tensor:
-        ctx.save_for_backward(encode_tensor(coded.derivative, coded.codebook, x))
-        ctx.codebook, ctx.form = coded.codebook, Form.of(x)
-        return coded.function(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (words,) = ctx.saved_tensors
-        return _apply(_Decode, gradient, words, ctx.codebook, ctx.form), None
-
-
-class _Decode(torch.autograd.Function):
-    """The backward of :class:`_Eager`, which itself has none."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, words: Tensor, codebook: Codebook, form: Form) -> Tensor:
-        return multiply_by_level(gradient, words, codebook, form)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(
-            "a fewbit activation cannot be differentiated twice: it keeps few-bit codes of its derivative, from "
-            "which no second derivative follows; use torch.nn's own where a gradient is differentiated again"
-        )
-
-
-class _InGraph(torch.autograd.Function):
-    """Within torch.compile: plain ATen operations for the compiler to fuse."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Pointwise, levels: tuple[float, ...]) -> Tensor:
-        wide = at_least_float32(x)
-        pullback = torch.func.vjp(function, wide)[1]
-        (derivative,) = pullback(torch.ones_like(wide))
-        ctx.save_for_backward(*encode(derivative, levels, plane_layout(x)))
-        ctx.levels, ctx.layout, ctx.shape, ctx.dtype = levels, plane_layout(x), x.shape, x.dtype
-        return function(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        wide = at_least_float32(gradient)
-        level = decode(ctx.saved_tensors, ctx.levels, ctx.layout, ctx.shape, wide.dtype)
-        return multiply(wide, level).to(ctx.dtype), None, None
-
-
-class FrozenPReLU(torch.autograd.Function):
-    """PReLU whose slopes are not trained: one bit per element, and exact."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """torch's own."""
-        step = coded_function(F.relu, 1)
-        ctx.save_for_backward(encode_tensor(step.derivative, step.codebook, x), weight)
-        ctx.codebook, ctx.form = step.codebook, Form.of(x)
-        return F.prelu(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """The gradient where x is positive, and the slopes times it elsewhere."""
-        words, weight = ctx.saved_tensors
-        positive = multiply_by_level(torch.ones_like(gradient), words, ctx.codebook, ctx.form) != 0
-        if weight.numel() > 1:
-            weight = weight.view(-1, *[1] * (gradient.dim() - 2))
-        return torch.where(positive, gradient, weight * gradient), None
+def _named(coded: CodedDerivative) -> str:
+    name = f"coded_{id(coded)}"
+    setattr(NAMED, name, coded)
+    return name

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fewbit_fx.functional
 import fewbit_fx.nn
+from fewbit_fx._torch import share_hooks, without_hooks
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.sampling import NotCodableError
 
@@ -85,9 +86,11 @@ def _few_bit_form(module: nn.Module, bits: int) -> nn.Module | None:
         return new
     if type(module).__module__ == "transformers.activations" and not module.state_dict():
         try:
-            return fewbit_fx.nn.Pointwise(_Stateless(module), bits)
+            new = fewbit_fx.nn.Pointwise(_Stateless(module), bits)
         except NotCodableError:  # squared ReLU, a linear one
             return None
+        share_hooks(module, new)
+        return new
     return None
 
 
@@ -95,7 +98,7 @@ class _Stateless:
     """An activation module as a function: those of one class and the same attributes are equal."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module = without_hooks(module)  # they are the replacement's
 
     def __call__(self, x: Tensor) -> Tensor:
         result: Tensor = self.module(x)

@@ -130,7 +130,7 @@ def parse_density(text: str) -> Density:
             path of a .npy or .pt file that holds pre-activations.
 
     Raises:
-        ValueError: Another text, or numbers that are not allowed.
+        ValueError: Another text, numbers that are not allowed, or a file that holds something else.
     """
     kind, _, rest = text.partition(":")
     kinds: dict[str, tuple[type[Uniform | Normal | Typical], tuple[int, ...]]] = {
@@ -147,9 +147,19 @@ def parse_density(text: str) -> Density:
         if len(numbers) in counts:
             return made(*numbers)
     elif text.endswith((".npy", ".pt")) and Path(text).is_file():
-        loaded = np.load(text) if text.endswith(".npy") else torch.load(text, weights_only=True)
-        return Observed(torch.as_tensor(loaded))
+        return Observed(_load_tensor(text))
     raise ValueError(f"density is {text!r}; allowed is {_FORMS}")
+
+
+def _load_tensor(path: str) -> Tensor:
+    try:
+        loaded = np.load(path) if path.endswith(".npy") else torch.load(path, weights_only=True)
+    except Exception as fault:  # whatever the two raise for a file of another kind
+        raise ValueError(f"density file {path!r} is not what np.save or torch.save make of a tensor") from fault
+    numbers = isinstance(loaded, Tensor) or (isinstance(loaded, np.ndarray) and loaded.dtype.kind in "fiub")
+    if not numbers:
+        raise ValueError(f"density file {path!r} holds a {type(loaded).__name__}; allowed is one tensor of numbers")
+    return torch.as_tensor(loaded)
 
 
 def _bell(z: Array) -> Array:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 from torch import Tensor
 
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.density import Density, Observed, parse_density
+from fewbit_fx.function_cache import kept_with_the_function
 from fewbit_fx.functions import Pointwise, activation, derivative_of
 from fewbit_fx.levels import Codebook, fit_codebook
 from fewbit_fx.sampling import Function, sample_derivative
@@ -43,7 +42,7 @@ def codebook(function: str | Pointwise, bits: int, density: Density | Tensor | s
     return _fitted(function, bits, density)
 
 
-@functools.lru_cache(maxsize=256)
+@kept_with_the_function
 def _fitted(function: Pointwise, bits: int, density: Density) -> Codebook:
     return fit(derivative_of(function), bits, density)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbit_fx.coded import FrozenPReLU, apply_activation, apply_function
+from fewbit_fx.autograd import apply_activation, apply_frozen_prelu, apply_function
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.functions import Pointwise
 
@@ -28,6 +28,7 @@ def pointwise(function: Pointwise, input: Tensor, *, bits: int = _BITS) -> Tenso
     Args:
         function: Takes a tensor, returns a tensor of the same shape, element by element. Use one function
             object for many calls, not a new lambda each time: it is fitted and compiled once per object.
+            It may read other tensors, not trained ones; what it writes to is a copy of the input.
         input: Tensor of any shape.
         bits: Bits per element.
     """
@@ -151,7 +152,7 @@ def prelu(input: Tensor, weight: Tensor, *, bits: int = _BITS) -> Tensor:
     wanted = torch.is_grad_enabled() and input.requires_grad and not weight.requires_grad
     if not wanted or torch.compiler.is_compiling():  # within torch.compile, the backend packs the mask
         return F.prelu(input, weight)
-    return FrozenPReLU.apply(input, weight)  # type: ignore[no-any-return,no-untyped-call]
+    return apply_frozen_prelu(input, weight)
 
 
 def hardshrink(input: Tensor, lambd: float = 0.5, *, bits: int = _BITS) -> Tensor:

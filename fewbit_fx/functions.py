@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
-from fewbit_fx._torch import real_mode, trace_for_all_shapes
+from fewbit_fx._torch import neutral_hooks, real_mode, trace_for_all_shapes, version
 from fewbit_fx.levels import Array
 from fewbit_fx.sampling import Function
 
@@ -79,11 +79,11 @@ def derivative_of(function: Pointwise) -> Function:
     """
 
     def derivative(x: Array) -> Array:
-        with _undisturbed():
+        with undisturbed():
             point = torch.from_numpy(np.ascontiguousarray(x)).requires_grad_()
             try:
                 y = function(point * 1)  # not the leaf, which a function in place could not write to
-                part = function(point.detach()[1::2])
+                part = function(point.detach()[1::2].clone())
             except Exception as fault:  # whatever a user's function raises
                 raise ValueError(f"the function cannot be evaluated on a float64 tensor: {fault}") from fault
             if not (isinstance(y, Tensor) and y.shape == point.shape and _same(y.detach()[1::2], part)):
@@ -98,8 +98,10 @@ def derivative_of(function: Pointwise) -> Function:
     return derivative
 
 
-def trace_derivative(function: Pointwise) -> fx.GraphModule:
-    """The derivative of a pointwise function as a graph of ATen operations, for tensors of any shape.
+def trace_derivative(function: Pointwise) -> Pointwise:
+    """The derivative of a pointwise function in ATen operations, for tensors of any shape and device.
+
+    It does not refer to ``function``, and may be traced in its turn.
 
     Args:
         function: Takes a float32 tensor; tensors that it closes over become constants.
@@ -110,18 +112,26 @@ def trace_derivative(function: Pointwise) -> fx.GraphModule:
         (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
         return gradient
 
-    with _undisturbed():
+    with undisturbed():
         example = torch.linspace(-1, 1, 6, dtype=torch.float32, device="cpu").view(2, 3).requires_grad_()
         return trace_for_all_shapes(derivative, example)
 
 
+def writes_to_its_input(function: Pointwise) -> bool:
+    """Whether a function works in place, as ``lambda x: x.mul_(2).tanh()`` does."""
+    with undisturbed():
+        x = torch.linspace(-1, 1, 6, device="cpu")
+        before = version(x)
+        function(x)
+        return version(x) != before
+
+
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Autograd by itself, whatever goes on around: a trace, autocast, no_grad, hooks on saved tensors."""
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+def undisturbed() -> Iterator[None]:
+    """Autograd by itself, whatever goes on around: a trace, a transform, autocast, no_grad, hooks on saved tensors."""
     autocast = torch.autocast("cpu", enabled=False)
     anomaly = torch.autograd.set_detect_anomaly(False)  # its check for NaN would be traced
-    with real_mode(), torch.inference_mode(False), torch.enable_grad(), autocast, hooks, anomaly:
+    with real_mode(), torch.inference_mode(False), torch.enable_grad(), autocast, neutral_hooks(), anomaly:
         yield
 
 

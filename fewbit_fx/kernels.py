@@ -12,14 +12,16 @@ of a plane are padding, and each function is compiled once per bits, dtype and d
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fewbit_fx._torch import mode_of, runs_compiled
 from fewbit_fx.codec import (
     WORD_BITS,
     at_least_float32,
@@ -83,28 +85,44 @@ class Form:
         return self.shape.numel() - self.whole
 
 
-def encode_tensor(derivative: Pointwise, codebook: Codebook, x: Tensor) -> Tensor:
-    """Codes of f'(x).
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """Codes of f'(x), by a kernel for each dtype and kind of device. They live as long as the encoder.
 
-    Args:
-        derivative: f', pointwise, in float32 or float64; a cache keeps it and its kernel.
+    Attributes:
+        derivative: f', pointwise, in float32 or float64.
         codebook: Of f'.
-        x: Tensor of any shape, strides and floating point dtype; only read.
-
-    Returns:
-        int32 words, shape (codebook.bits, ceil(x.numel() / 32)).
     """
-    kernel = _encoder(derivative, codebook, x.dtype, x.device.type)
-    form = Form.of(x)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        flat = form.flatten(x)
-        parts = [kernel(_bare(flat[: form.whole]))] if form.whole else []
-        if form.rest:
-            words = kernel(_deal_out(flat[form.whole :], form.lanes))
-            parts.append(words[:, : -(-form.rest // WORD_BITS)].clone())  # not a view, which would keep the padding
-        if not parts:
-            return x.new_empty((codebook.bits, 0), dtype=torch.int32)
-        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    derivative: Pointwise
+    codebook: Codebook
+    _kernels: dict[tuple[torch.dtype, str], Kernel] = field(default_factory=dict, init=False, repr=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Encode.
+
+        Args:
+            x: Tensor of any shape, strides and floating point dtype; only read.
+
+        Returns:
+            int32 words, shape (codebook.bits, ceil(x.numel() / 32)).
+        """
+        kernel, form = self._kernel(x), Form.of(x)
+        with _plain_arithmetic(x):
+            flat = form.flatten(x)
+            parts = [kernel(_bare(flat[: form.whole]))] if form.whole else []
+            if form.rest:
+                words = kernel(_deal_out(flat[form.whole :], form.lanes))
+                parts.append(words[:, : -(-form.rest // WORD_BITS)].clone())  # not a view, which would keep the padding
+            if not parts:
+                return x.new_empty((self.codebook.bits, 0), dtype=torch.int32)
+            return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def _kernel(self, x: Tensor) -> Kernel:
+        key = x.dtype, x.device.type
+        if key not in self._kernels:
+            self._kernels[key] = _encoder(self.derivative, self.codebook)
+        return self._kernels[key]
 
 
 def multiply_by_level(gradient: Tensor, words: Tensor, codebook: Codebook, form: Form) -> Tensor:
@@ -112,7 +130,7 @@ def multiply_by_level(gradient: Tensor, words: Tensor, codebook: Codebook, form:
 
     Args:
         gradient: Tensor of the shape of the coded x.
-        words: Of :func:`encode_tensor`.
+        words: Of an :class:`Encoder`.
         codebook: The same.
         form: Of the coded x.
 
@@ -120,20 +138,30 @@ def multiply_by_level(gradient: Tensor, words: Tensor, codebook: Codebook, form:
         Tensor of the form of x.
     """
     kernel = _decoder(codebook.bits, gradient.dtype, form.dtype, form.device.type)
-    levels = _levels(codebook, form.device)
-    with torch.no_grad(), torch.autocast(form.device.type, enabled=False):
+    with _plain_arithmetic(gradient):
+        levels = _kept_levels(codebook, form.device) if runs_compiled(gradient) else _levels(codebook, form.device)
         flat, first = form.flatten(gradient), form.whole // WORD_BITS
         parts = []
         if form.whole:
             parts = [kernel(_bare(flat[: form.whole]), _bare(words[:, :first].reshape(-1)), levels)]
         if form.rest:
             missing = 2 * form.lanes - (words.shape[1] - first)
-            last = _bare(pad(words[:, first:], (0, missing)).view(-1))
+            last = _bare(pad(words[:, first:], (0, missing)).reshape(-1))
             tail = kernel(_deal_out(flat[form.whole :], form.lanes), last, levels)
             parts.append(_collect(tail, form.lanes)[: form.rest])
         if not parts:
             return gradient.to(form.dtype)
         return form.unflatten(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+
+@contextlib.contextmanager
+def _plain_arithmetic(x: Tensor) -> Iterator[None]:
+    """No gradients, no autocast, whatever goes on around."""
+    device = x.device.type
+    has_autocast = torch.amp.is_autocast_available(device)
+    autocast = torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext()
+    with torch.no_grad(), autocast, mode_of(x):
+        yield
 
 
 def _deal_out(rest: Tensor, lanes: int) -> Tensor:
@@ -144,7 +172,7 @@ def _deal_out(rest: Tensor, lanes: int) -> Tensor:
 
 def _bare(x: Tensor) -> Tensor:
     """Contiguous, and no view of anything: Dynamo would compile anew for every kind of view."""
-    return x.contiguous().data
+    return x.contiguous().data if runs_compiled(x) else x
 
 
 def _collect(dealt: Tensor, lanes: int) -> Tensor:
@@ -152,19 +180,18 @@ def _collect(dealt: Tensor, lanes: int) -> Tensor:
     return dealt.view(2, WORD_BITS, lanes).transpose(1, 2).reshape(-1)
 
 
-@functools.lru_cache(maxsize=256)
-def _encoder(derivative: Pointwise, codebook: Codebook, _dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
+def _encoder(derivative: Pointwise, codebook: Codebook) -> Kernel:
     def encoder(x: Tensor) -> Tensor:
         layout = plane_layout(x)
         blocks = x.view(-1, WORD_BITS, layout.lanes)
         planes = encode(derivative(at_least_float32(blocks)), codebook.levels, layout)
         return torch.stack([plane.view(-1) for plane in planes])
 
-    return _compiled(encoder)
+    return Kernel(encoder)
 
 
 @functools.lru_cache(maxsize=256)
-def _decoder(bits: int, _gradient: torch.dtype, dtype: torch.dtype, _device: str) -> Callable[..., Tensor]:
+def _decoder(bits: int, _gradient: torch.dtype, dtype: torch.dtype, _device: str) -> Kernel:
     def decoder(gradient: Tensor, words: Tensor, levels: Tensor) -> Tensor:
         layout = plane_layout(gradient)
         blocks = gradient.view(-1, WORD_BITS, layout.lanes)
@@ -173,15 +200,29 @@ def _decoder(bits: int, _gradient: torch.dtype, dtype: torch.dtype, _device: str
         codes = [layout.unpack(plane, blocks.shape) != 0 for plane in planes]
         return multiply(wide, choose(levels.to(wide.dtype).unbind(), codes)).to(dtype).view(-1)
 
-    return _compiled(decoder)
+    return Kernel(decoder)
 
 
-@functools.lru_cache(maxsize=256)
 def _levels(codebook: Codebook, device: torch.device) -> Tensor:
     """All 2^bits levels as a tensor, so that codebooks share a decode kernel."""
     return torch.tensor(padded(codebook.levels), dtype=torch.float64, device=device)
 
 
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile for sizes of all kinds, apart from all others: Dynamo limits compilations per code object."""
-    return torch.compile(in_a_frame_of_its_own(function), dynamic=True, fullgraph=True)
+_kept_levels = functools.lru_cache(maxsize=256)(_levels)  # of real tensors only
+
+
+class Kernel:
+    """A function compiled for sizes of all kinds; its operations one by one where compiled code cannot be called.
+
+    Args:
+        function: A plain function of tensors.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+        # Apart from all others, since Dynamo limits compilations per code object.
+        self._compiled = torch.compile(in_a_frame_of_its_own(function), dynamic=True, fullgraph=True)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """The function's value."""
+        return (self._compiled if runs_compiled(*tensors) else self._function)(*tensors)

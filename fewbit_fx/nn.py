@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewbit_fx import functional as F
-from fewbit_fx.coded import apply_function, coded_function
+from fewbit_fx.autograd import apply_function
+from fewbit_fx.coded import coded_function
 from fewbit_fx.config import FewBitConfig
 
 
@@ -47,13 +48,31 @@ class Pointwise(_FewBit):
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], bits: int = 3) -> None:
-        super().__init__(bits=bits)
+        nn.Module.__init__(self)
         self.function = function
-        self.levels = coded_function(function, bits).codebook.levels  # and to fail here, not in training
+        self.bits = bits
+
+    @property
+    def bits(self) -> int:
+        """Bits per element."""
+        return self._bits
+
+    @bits.setter
+    def bits(self, bits: int) -> None:
+        self._coded = coded_function(self.function, bits)  # here, so that it fails here, not in training
+        self._bits = bits
 
     def forward(self, input: Tensor) -> Tensor:
         """``function(input)``."""
-        return apply_function(self.function, input, self.bits, self.levels)
+        return apply_function(self.function, input, self.bits, self._coded)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what follows from the function."""
+        return {k: v for k, v in vars(self).items() if k != "_coded"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.bits = self._bits
 
 
 class ELU(_FewBit, nn.ELU):

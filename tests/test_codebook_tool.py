@@ -151,11 +151,24 @@ def test_text_forms_of_densities(tmp_path: Path) -> None:
         assert torch.equal(density.x, x)
 
 
+def test_density_files_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "text.npy").write_text("x")
+    (tmp_path / "text.pt").write_text("x")
+    torch.save({"x": torch.ones(3)}, tmp_path / "dict.pt")
+    np.save(tmp_path / "words.npy", np.array(["a"]))
+    for name, said in {"text.npy": "is not", "text.pt": "is not", "dict.pt": "a dict", "words.npy": "ndarray"}.items():
+        with pytest.raises(ValueError, match=f"{name}' .*{said}"):
+            parse_density(str(tmp_path / name))
+
+
 def test_fitting_is_fast_and_done_once() -> None:
     """Well under 100 ms at 4 bits, for each activation fitted anew; again: at once.
 
-    In this thread's own time, the best of a few tries: how busy the machine is does not count.
+    In this thread's own time, the best of a few tries: how busy the machine is does not count. Nor does how
+    long torch's threads spin while they wait for each other, as they do on a busy machine.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for name in ("gelu", "silu", "tanh", "softplus", "elu", "mish", "hardswish", "sigmoid", "softsign"):
         tries = []
         for _ in range(5):
@@ -163,6 +176,7 @@ def test_fitting_is_fast_and_done_once() -> None:
             fit(derivative_of(ACTIVATIONS[name]), 4, Uniform())
             tries.append(time.thread_time() - started)
         assert min(tries) < 0.1, name
+    torch.set_num_threads(threads)
     fewbit_fx.codebook("gelu", 4)
     assert fewbit_fx.codebook("gelu", 4) is fewbit_fx.codebook("gelu", 4)
 
@@ -193,6 +207,7 @@ def test_the_command_draws_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["gelu", "--bits", "9"], "'bits' is 9"),
         (["gelu", "--density", "cauchy"], "density is 'cauchy'"),
         (["square"], "without bound"),
+        (["gelu", "--plot", "no/such/folder.png"], "No such file or directory"),
     ],
 )
 def test_the_command_explains_mistakes(arguments: list[str], message: str) -> None:

@@ -1,0 +1,192 @@
+"""Pointwise functions whose backward reads few-bit codes: what the drop-in functions and modules call."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbit_fx.codec import at_least_float32, decode, encode, multiply, plane_layout
+from fewbit_fx.coded import (
+    NAMED,
+    Activation,
+    CodedDerivative,
+    coded_activation,
+    coded_function,
+    name_of_activation,
+    name_of_function,
+)
+from fewbit_fx.config import FewBitConfig
+from fewbit_fx.functions import Pointwise
+from fewbit_fx.kernels import Form, multiply_by_level
+from fewbit_fx.levels import Codebook
+
+
+def apply_activation(name: str, x: Tensor, bits: int, inplace: bool = False, **arguments: float | str) -> Tensor:
+    """A function of torch.nn.functional with b bits per element saved.
+
+    Args:
+        name: Of the function.
+        x: Tensor of any shape and floating point dtype.
+        bits: 1 to 8.
+        inplace: Write the result to x, as torch's in-place functions do.
+        **arguments: Of the function.
+
+    Where the arguments make a derivative that cannot be coded, such as a constant one, it is torch's own.
+
+    Raises:
+        ValueError, TypeError: ``bits`` is not allowed.
+    """
+    _require_bits(bits)
+    if not x.is_floating_point():  # complex numbers have another derivative
+        return Activation(name, tuple(arguments.items()))(x)
+    if torch.compiler.is_compiling():
+        function = functools.partial(getattr(F, name), **arguments)
+        found = name_of_activation(name, tuple(arguments.items()), bits)
+        y = function(x) if found is None else _apply(_InGraph, x, function, getattr(NAMED, found))
+    else:
+        activation = Activation(name, tuple(arguments.items()))
+        coded = coded_activation(activation, bits, x.dtype, x.device)
+        y = activation(x) if coded is None else _apply_eagerly(x, activation, coded)
+    return x.copy_(y) if inplace else y
+
+
+def apply_function(function: Pointwise, x: Tensor, bits: int, coded: CodedDerivative | None = None) -> Tensor:
+    """The same for any pointwise function. Raises as :func:`fewbit_fx.codebook` does.
+
+    Args:
+        function: Pointwise, hashable, and equal for equal functions.
+        x: Tensor of any shape and floating point dtype.
+        bits: 1 to 8.
+        coded: Its few-bit form, where it is known. Dynamo of torch 2.11 can look it up by itself for plain
+            functions, not for callable objects.
+    """
+    _require_bits(bits)
+    if not x.is_floating_point():
+        raise TypeError(f"a few-bit function takes floating point tensors; got {x.dtype}")
+    if torch.compiler.is_compiling():
+        known: CodedDerivative = coded or getattr(NAMED, name_of_function(function, bits))
+        return _apply(_InGraph, x, function, known)  # type: ignore[no-any-return]
+    return _apply_eagerly(x, function, coded or coded_function(function, bits))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
+def _require_bits(bits: int) -> bool:
+    """Raise as every other use of the option does, whatever a cache holds."""
+    return FewBitConfig(bits=bits).bits == bits
+
+
+def _apply_eagerly(x: Tensor, function: Pointwise, coded: CodedDerivative) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _apply(_Eager, x, function, coded)[0]  # type: ignore[no-any-return]
+    return coded.value(function, x)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)  # type: ignore[no-untyped-call,unused-ignore]
+
+
+class _Eager(torch.autograd.Function):
+    """Outside of torch.compile: the function's own kernel, and compiled ones for the codes.
+
+    In the form that torch.func's transforms take: what is saved is an output, which :func:`_apply_eagerly` drops.
+    The last one is an empty tensor, through which the backward still depends on x when it is differentiated in
+    its turn: the words alone would pass for constants, and the second derivative for zero.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, function: Pointwise, coded: CodedDerivative) -> tuple[Tensor, Tensor, Tensor]:
+        words = coded.encoder(x)
+        return coded.value(function, x), words, x.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, _, coded = inputs
+        _, words, link = output
+        ctx.mark_non_differentiable(words)
+        ctx.set_materialize_grads(False)  # or the backward would be given zeros for the words
+        ctx.save_for_backward(words, link)
+        ctx.codebook, ctx.form = coded.encoder.codebook, Form.of(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if gradient is None:
+            return None, None, None
+        return _apply(_Decode, gradient, *ctx.saved_tensors, ctx.codebook, ctx.form), None, None
+
+
+class _Decode(torch.autograd.Function):
+    """The backward of :class:`_Eager`, which itself has none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, words: Tensor, _link: Tensor, codebook: Codebook, form: Form) -> Tensor:
+        return multiply_by_level(gradient, words, codebook, form)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass  # nothing is kept: there is no backward
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "a fewbit activation cannot be differentiated twice: it keeps few-bit codes of its derivative, from "
+            "which no second derivative follows; use torch.nn's own where a gradient is differentiated again"
+        )
+
+
+class _InGraph(torch.autograd.Function):
+    """Within torch.compile: plain ATen operations for the compiler to fuse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Pointwise, coded: CodedDerivative) -> Tensor:
+        layout = plane_layout(x)
+        derivative = coded.derivative(at_least_float32(x))
+        ctx.save_for_backward(*encode(derivative, coded.levels, layout))
+        ctx.levels, ctx.layout, ctx.shape, ctx.dtype = coded.levels, layout, x.shape, x.dtype
+        return coded.value(function, x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        wide = at_least_float32(gradient)
+        level = decode(ctx.saved_tensors, ctx.levels, ctx.layout, ctx.shape, wide.dtype)
+        return multiply(wide, level).to(ctx.dtype), None, None
+
+
+def apply_frozen_prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """PReLU whose slopes are not trained: one bit per element, and exact."""
+    return _apply(_FrozenPReLU, x, weight, coded_function(F.relu, 1))[0]  # type: ignore[no-any-return]
+
+
+class _FrozenPReLU(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, step: CodedDerivative) -> tuple[Tensor, Tensor]:
+        return F.prelu(x, weight), step.encoder(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, step = inputs
+        _, words = output
+        ctx.mark_non_differentiable(words)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(words, weight)
+        ctx.codebook, ctx.form = step.encoder.codebook, Form.of(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, _words: None) -> tuple[Tensor | None, None, None]:
+        """The gradient where x is positive, and the slopes times it elsewhere; the second derivative is 0 indeed."""
+        if gradient is None:
+            return None, None, None
+        words, weight = ctx.saved_tensors
+        positive = multiply_by_level(torch.ones_like(gradient), words, ctx.codebook, ctx.form) != 0
+        if weight.numel() > 1:
+            weight = weight.view(-1, *[1] * (gradient.dim() - 2))
+        return torch.where(positive, gradient, weight * gradient), None, None

@@ -1,0 +1,274 @@
+"""Drop-ins where others look on: torch.func, dispatch modes, fake tensors, hooks, caches."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+import fewbit_fx.functional
+import fewbit_fx.nn
+from fewbit_fx.coded import NAMED
+
+silu = fewbit_fx.functional.silu
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(12, 70)
+
+
+def coded_gradient(x: Tensor, function: Callable[[Tensor], Tensor] = silu) -> Tensor:
+    """By plain autograd, with compiled kernels: what the others have to agree with."""
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x).sum(), x)
+    return gradient
+
+
+def test_first_use_under_a_transform(x: Tensor) -> None:
+    """The fit and the trace of the derivative happen there, and leave the transform."""
+    found = grad(lambda v: fewbit_fx.functional.celu(v, 0.77).sum())(x)
+    assert torch.equal(found, coded_gradient(x, lambda v: fewbit_fx.functional.celu(v, 0.77)))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_vmap_of_grad(x: Tensor, dim: int) -> None:
+    found = vmap(grad(lambda v: silu(v).sum()), in_dims=dim, out_dims=dim)(x)
+    assert torch.equal(found, coded_gradient(x))
+    assert torch.equal(vmap(silu, in_dims=dim, out_dims=dim)(x), F.silu(x))
+
+
+def test_one_forward_and_many_gradients(x: Tensor) -> None:
+    expected = torch.diag(coded_gradient(x)[0])
+    _, pullback = vjp(silu, x[0])
+    assert torch.equal(vmap(pullback)(torch.eye(70))[0], expected)
+    assert torch.equal(jacrev(silu)(x[0]), expected)
+
+
+def test_forward_mode_is_exact(x: Tensor) -> None:
+    found, expected = (jvp(f, (x,), (x,)) for f in (silu, F.silu))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_gradients_per_sample(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(70, 30), fewbit_fx.nn.GELU(), fewbit_fx.nn.PReLU(), nn.Linear(30, 1))
+    model[2].requires_grad_(False)
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(model, parameters, (sample[None],)).sum()
+
+    found = vmap(grad(loss), in_dims=(None, 0))(trained, x)
+    for i, sample in enumerate(x):
+        expected = torch.autograd.grad(loss(trained, sample), list(trained.values()))
+        for name, value in zip(trained, expected, strict=True):
+            torch.testing.assert_close(found[name][i], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_derivative_is_never_silently_zero(x: Tensor) -> None:
+    """Here the gradient of y is a constant, so that only the codes depend on x."""
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad(lambda v: grad(lambda w: silu(w).sum())(v).sum())(x)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(silu(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad((first + x**2).sum(), x)
+
+
+def test_an_unused_output(x: Tensor) -> None:
+    x.requires_grad_()
+    for unused in (silu(x), fewbit_fx.functional.prelu(x, torch.ones(1))):
+        assert torch.autograd.grad((x * 1).sum() + unused.detach().sum(), x)[0].eq(1).all()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "both"])
+def test_dispatch_modes(x: Tensor, where: str) -> None:
+    expected, x = coded_gradient(x), x.requires_grad_()
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    if where == "backward":
+        y = silu(x)
+    else:
+        with forward:
+            y = silu(x)
+    if where == "forward":
+        (found,) = torch.autograd.grad(y.sum(), x)
+    else:
+        with backward:
+            (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, expected)
+
+
+def test_selective_checkpointing(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(70, 30), fewbit_fx.nn.GELU(), nn.Linear(30, 5))
+    (expected,) = torch.autograd.grad(model(x).square().sum(), model[0].weight)
+    saved = [torch.ops.aten.addmm.default]
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(saved)
+
+    y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+    (found,) = torch.autograd.grad(y.square().sum(), model[0].weight)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_fake_tensors(inside: bool) -> None:
+    """Nothing of theirs may stay behind in a cache: real tensors go the usual way afterwards."""
+    with FakeTensorMode() as mode:
+        fake = torch.randn(8, 100, requires_grad=True)
+        y = fewbit_fx.functional.mish(fake, bits=4)
+        if inside:
+            y.sum().backward()
+    if not inside:
+        y.sum().backward()
+    assert fake.grad is not None
+    assert (fake.grad.shape, fake.grad.fake_mode) == (fake.shape, mode)
+    real = torch.randn(8, 100)
+    exact = torch.autograd.grad(F.mish(real.requires_grad_()).sum(), real)[0]
+    error = coded_gradient(real.detach(), lambda v: fewbit_fx.functional.mish(v, bits=4)) - exact
+    assert error.norm() <= 0.06 * exact.norm()
+
+
+def test_meta_tensors_and_tensors_made_on_the_inputs_device() -> None:
+    def function(v: Tensor) -> Tensor:
+        return torch.where(v > torch.zeros(v.shape, device=v.device), v.tanh(), torch.zeros((), device=v.device))
+
+    for module in (fewbit_fx.nn.Hardtanh(), fewbit_fx.nn.Pointwise(function)):
+        x = torch.randn(8, 1000, device="meta", requires_grad=True)
+        module(x).sum().backward()
+        assert x.grad is not None
+        assert (x.grad.device, x.grad.shape) == (x.device, x.shape)
+
+
+def in_place_at_once(v: Tensor) -> Tensor:
+    return v.mul_(0.5).tanh_()
+
+
+def in_place_before(v: Tensor) -> Tensor:
+    v.mul_(0.5)
+    return v.tanh()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("function", [in_place_at_once, in_place_before])
+def test_functions_in_place(function: Callable[[Tensor], Tensor], compiled: bool) -> None:
+    module = fewbit_fx.nn.Pointwise(function)
+    assert module._coded.levels == fewbit_fx.nn.Pointwise(lambda v: (v * 0.5).tanh())._coded.levels
+    run = torch.compile(module, fullgraph=True) if compiled else module
+    leaf = torch.randn(500, requires_grad=True)
+    for x in (leaf * 1, leaf.detach()):
+        before = x.detach().clone()
+        y = run(x)
+        assert torch.equal(x, before)
+        torch.testing.assert_close(y.detach(), function(before.clone()), rtol=1e-6 if compiled else 0, atol=0)
+        if y.requires_grad:
+            (found,), (exact,) = (torch.autograd.grad(t.sum(), leaf) for t in (y, (leaf * 0.5).tanh()))
+            assert (found - exact).norm() <= 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("backend", ["inductor", "fewbit"])
+def test_compiled_within_hooks_on_saved_tensors(x: Tensor, backend: str) -> None:
+    model = nn.Sequential(nn.Linear(70, 64), fewbit_fx.nn.GELU(), fewbit_fx.nn.Pointwise(torch.atan), nn.Linear(64, 8))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    y = checkpoint(compiled, x, use_reentrant=False)  # its hooks are there while the graph is compiled
+    (found,) = torch.autograd.grad(y.square().sum(), model[0].weight)
+    with torch.autograd.graph.save_on_cpu():
+        y = compiled(x)
+    (again,) = torch.autograd.grad(y.square().sum(), model[0].weight)
+    with torch.compiler.set_stance("force_eager"):
+        (expected,) = torch.autograd.grad(model(x).square().sum(), model[0].weight)
+    for value in (found, again):
+        assert (value - expected).norm() <= 1e-2 * expected.norm()  # codes at a boundary
+
+
+def test_compiled_functions_that_read_a_tensor(x: Tensor) -> None:
+    scale = torch.tensor([0.7])
+
+    def function(v: Tensor) -> Tensor:
+        return torch.tanh(v * scale)
+
+    run = torch.compile(lambda v: fewbit_fx.functional.pointwise(function, v, bits=2), fullgraph=True)
+    for size in (12, 20):
+        leaf = torch.randn(size, 70, requires_grad=True)
+        (found,) = torch.autograd.grad(run(leaf).sum(), leaf)
+        expected = coded_gradient(leaf.detach(), lambda v: fewbit_fx.functional.pointwise(function, v, bits=2))
+        assert (found != expected).float().mean() <= 1e-3
+
+
+class Scaled:
+    def __init__(self, scale: float) -> None:
+        self.scale = torch.tensor(scale)
+
+    def method(self, v: Tensor) -> Tensor:
+        return torch.tanh(v * self.scale)
+
+
+def by_closure(scaled: Scaled) -> Callable[[Tensor], Tensor]:
+    scale = scaled.scale
+    return lambda v: torch.tanh(v * scale)
+
+
+def by_method(scaled: Scaled) -> Callable[[Tensor], Tensor]:
+    return scaled.method
+
+
+def use(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    coded_gradient(x, lambda v: fewbit_fx.functional.pointwise(function, v))
+    fewbit_fx.codebook(function, 2)
+    module = fewbit_fx.nn.Pointwise(function)
+    torch.compile(module)(x.clone().requires_grad_())
+    if isinstance(function, types.FunctionType):  # other callables Dynamo of torch 2.11 finds in a module only
+        torch.compile(lambda v: fewbit_fx.functional.pointwise(function, v))(x.clone().requires_grad_())
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("make", [by_closure, by_method])
+def test_nothing_keeps_a_function_alive(x: Tensor, make: Callable[[Scaled], Callable[[Tensor], Tensor]]) -> None:
+    named, scaled = set(vars(NAMED)), Scaled(0.9)
+    use(make(scaled), x)
+    gone = [weakref.ref(scaled), weakref.ref(scaled.scale)]
+    del scaled
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+    assert set(vars(NAMED)) <= named
+
+
+def test_a_function_is_prepared_once() -> None:
+    scaled = Scaled(1.1)
+    first, second = fewbit_fx.nn.Pointwise(scaled.method), fewbit_fx.nn.Pointwise(scaled.method)
+    assert first._coded is second._coded
+    second.bits = 2
+    assert len(second._coded.levels) == 4
+    assert pickle.loads(pickle.dumps(fewbit_fx.nn.Pointwise(torch.atan, bits=2)))._coded.levels == (
+        fewbit_fx.nn.Pointwise(torch.atan, bits=2)._coded.levels
+    )
+
+
+def test_hooks_of_converted_hugging_face_activations(x: Tensor) -> None:
+    activations = pytest.importorskip("transformers.activations", reason="Hugging Face transformers is not installed")
+    model = nn.Sequential(*(copy.deepcopy(activations.ACT2FN["gelu_new"]) for _ in range(2)))
+    calls: list[nn.Module] = []
+    model[0].register_forward_hook(lambda module, *_: calls.append(module))
+    handle = model[1].register_forward_pre_hook(lambda module, *_: calls.append(module))
+    model[1].eval()
+    fewbit_fx.convert(model)
+    assert calls == [], "nor do they fire when the function is looked at"
+    assert [m.training for m in model] == [True, False]
+    model(x.requires_grad_()).sum().backward()
+    assert calls == [model[0], model[1]]
+    handle.remove()
+    model(x)
+    assert calls[2:] == [model[0]]
