@@ -12,7 +12,7 @@ import numpy as np
 from fewbit_fx.density import Density, parse_density
 from fewbit_fx.fitting import codebook
 from fewbit_fx.functions import activation, derivative_of
-from fewbit_fx.levels import Codebook
+from fewbit_fx.levels import Codebook, gray_code
 from fewbit_fx.sampling import Sample, sample_derivative
 from fewbit_fx.table import text_table
 
@@ -58,12 +58,11 @@ def _show_codebook(name: str, bits: int, density: Density, plot: Path | None) ->
 
 def _codebook_table(book: Codebook, sample: Sample) -> list[str]:
     """A line per code; which values of f' it stands for, and the share of x it is used for."""
-    codes = book.codes(sample.values)
-    shares = np.bincount(codes, weights=sample.weights, minlength=len(book.levels))
+    shares = np.bincount(book.ranks(sample.values), weights=sample.weights, minlength=len(book.levels))
     from_values = ["-inf", *(f"{b:.6f}" for b in book.boundaries)]
     rows = [
-        (format(code, f"0{book.bits}b"), f"{level:.6f}", start, f"{share:.1%}")
-        for code, (level, start, share) in enumerate(zip(book.levels, from_values, shares, strict=True))
+        (format(gray_code(rank), f"0{book.bits}b"), f"{level:.6f}", start, f"{share:.1%}")
+        for rank, (level, start, share) in enumerate(zip(book.levels, from_values, shares, strict=True))
     ]
     head = ("code", "level", "from f'(x) =", "share of x")
     return text_table(head, rows, right=head)

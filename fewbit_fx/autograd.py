@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbit_fx.codec import at_least_float32, decode, encode, multiply, plane_layout
+from fewbit_fx.bitplanes import plane_layout
+from fewbit_fx.codec import at_least_float32, encode, multiply, scale
 from fewbit_fx.coded import (
     NAMED,
     Activation,
@@ -111,7 +112,7 @@ class _Eager(torch.autograd.Function):
         ctx.mark_non_differentiable(words)
         ctx.set_materialize_grads(False)  # or the backward would be given zeros for the words
         ctx.save_for_backward(words, link)
-        ctx.codebook, ctx.form = coded.encoder.codebook, Form.of(x)
+        ctx.codebook, ctx.form = coded.encoder.coding.codebook, Form.of(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -146,17 +147,18 @@ class _InGraph(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Pointwise, coded: CodedDerivative) -> Tensor:
-        layout = plane_layout(x)
-        derivative = coded.derivative(at_least_float32(x))
-        ctx.save_for_backward(*encode(derivative, coded.levels, layout))
-        ctx.levels, ctx.layout, ctx.shape, ctx.dtype = coded.levels, layout, x.shape, x.dtype
+        layout, encoder = plane_layout(x), coded.encoder
+
+        def bits_of(blocks: Tensor) -> list[Tensor]:
+            return encoder.coding.bits(blocks, lambda b: encoder.derivative(at_least_float32(b)))
+
+        ctx.save_for_backward(*encode(x, bits_of, layout))
+        ctx.levels, ctx.layout, ctx.dtype = coded.levels, layout, x.dtype
         return coded.value(function, x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        wide = at_least_float32(gradient)
-        level = decode(ctx.saved_tensors, ctx.levels, ctx.layout, ctx.shape, wide.dtype)
-        return multiply(wide, level).to(ctx.dtype), None, None
+        return scale(gradient, ctx.saved_tensors, ctx.levels, ctx.layout, ctx.dtype, multiply), None, None
 
 
 def apply_frozen_prelu(x: Tensor, weight: Tensor) -> Tensor:
@@ -178,7 +180,7 @@ class _FrozenPReLU(torch.autograd.Function):
         ctx.mark_non_differentiable(words)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(words, weight)
-        ctx.codebook, ctx.form = step.encoder.codebook, Form.of(x)
+        ctx.codebook, ctx.form = step.encoder.coding.codebook, Form.of(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, _words: None) -> tuple[Tensor | None, None, None]:

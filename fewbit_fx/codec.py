@@ -1,87 +1,23 @@
-"""Encode and decode: few-bit codes of a tensor as bit planes, in plain ATen operations.
+"""Encode and decode: few-bit codes of f'(x) as bit planes, in plain ATen operations.
 
-A bit plane holds one bit of 32 elements in each int32 word, so b planes take exactly b bits an
-element. A block of ``32 * lanes`` elements neighbouring in memory fills ``lanes`` words: element
-``lane + lanes * shift`` of the block is bit ``shift`` of word ``lane``. One lane gives a GPU one
-fused persistent reduction; 32 lanes let a CPU work on whole vectors.
-
-The callers know planes only, never the layout.
+The code of a level is the Gray code of its rank: neighbouring levels differ in one bit, so that along
+the x axis each change of level flips a single bit of the code.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fewbit_fx._torch import hint, statically_known_true
-from fewbit_fx.levels import bits_for, boundaries_between
+from fewbit_fx.bitplanes import BitPlanes
+from fewbit_fx.levels import bits_for, boundaries_between, gray_code
+from fewbit_fx.thresholds import Thresholds
 
-WORD_BITS = 32
-
-
-@dataclass(frozen=True)
-class BitPlanes:
-    """The layout of a bit plane.
-
-    Attributes:
-        lanes: Words in a block, see the module's text.
-        order: Dimensions of the tensor from the outermost to the innermost in memory, or empty for
-            a contiguous tensor. Both directions then walk memory in its own order.
-    """
-
-    lanes: int
-    order: tuple[int, ...] = ()
-
-    def pack(self, bits: Tensor) -> Tensor:
-        """Boolean tensor of any shape -> int32 words, shape (blocks, 1, lanes)."""
-        flat = in_memory_order(bits, self.order).to(torch.int32)
-        block = WORD_BITS * self.lanes
-        if not statically_known_true(flat.numel() % block == 0):
-            padding = -flat.numel() % block
-            flat = torch.nn.functional.pad(flat.reshape(-1), (0, padding))
-        shifted = flat.reshape(-1, WORD_BITS, self.lanes) << self._shifts(bits)
-        # The size-1 dimension spares unpack a view of the words, which a partitioner could save instead.
-        return shifted.sum(1, keepdim=True, dtype=torch.int32)
-
-    def unpack(self, words: Tensor, shape: Sequence[int]) -> Tensor:
-        """Words of :meth:`pack` -> int32 tensor of zeros and ones, of the shape that was packed."""
-        flat = (words >> self._shifts(words)) & 1
-        numel = math.prod(shape)
-        if not statically_known_true(numel % (WORD_BITS * self.lanes) == 0):
-            flat = flat.reshape(-1)[:numel]
-        return from_memory_order(flat, shape, self.order)
-
-    def nbytes(self, x: Tensor) -> int:
-        """Bytes of one plane of a tensor, by hint where its size is symbolic."""
-        block = WORD_BITS * self.lanes
-        return -(-hint(x.numel()) // block) * block // 8
-
-    @staticmethod
-    def _shifts(like: Tensor) -> Tensor:
-        return torch.arange(WORD_BITS, dtype=torch.int32, device=like.device).unsqueeze(-1)
-
-
-def plane_layout(x: Tensor) -> BitPlanes:
-    """The layout for planes of a tensor of this device, shape and strides."""
-    return BitPlanes(lanes_on(x.device), memory_order(x))
-
-
-def lanes_on(device: torch.device) -> int:
-    """The number of lanes that suits a device."""
-    return 32 if device.type == "cpu" else 1
-
-
-def memory_order(x: Tensor) -> tuple[int, ...]:
-    """Dimensions from the largest stride to the smallest, or () where that is their own order."""
-    strides = x.stride()
-    if not all(isinstance(n, int) for n in strides):
-        return ()
-    order = tuple(sorted(range(x.dim()), key=lambda d: -strides[d]))
-    return () if order == tuple(range(x.dim())) else order
+# From numbers to the bits of their codes, the most significant first: booleans, or the signs of int32.
+BitsOf = Callable[[Tensor], list[Tensor]]
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -89,51 +25,101 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-def in_memory_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """x with its dimensions in the order of :func:`memory_order`."""
-    return x.permute(order) if order else x
+def bits_by_value(values: Tensor, levels: tuple[float, ...]) -> list[Tensor]:
+    """The bits of the code of the level nearest to each value of f'. NaN takes code 0.
 
-
-def from_memory_order(flat: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Tensor:
-    """The tensor of this shape whose elements, in that order, are ``flat``."""
-    if not order:
-        return flat.reshape(shape)
-    return flat.reshape([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
-
-
-def encode(values: Tensor, levels: tuple[float, ...], layout: BitPlanes) -> list[Tensor]:
-    """Code each value by its nearest level: as many planes as the levels need bits, the most significant first.
-
-    Bit by bit, each value is compared with the one boundary that its more significant bits have
-    left in question: b comparisons, not 2^b - 1. NaN takes code 0.
+    Each value is compared with the one boundary that the more significant bits of its level's rank have
+    left in question: b comparisons, not 2^b - 1.
     """
     count = bits_for(levels)
     boundaries = [*boundaries_between(levels), *[float("inf")] * (2**count - len(levels))]
-    bits: list[Tensor] = []
+    rank: list[Tensor] = []
     for position in range(count):
         step = 2 ** (count - position)
         candidates = boundaries[step // 2 - 1 :: step]
-        thresholds = [torch.full((), c, dtype=values.dtype, device=values.device) for c in candidates]
-        bits.append(values >= choose(thresholds, bits))
-    return [layout.pack(bit) for bit in bits]
+        rank.append(values >= choose([_scalar(c, values) for c in candidates], rank))
+    return [rank[0], *(torch.bitwise_xor(rank[i], rank[i + 1]) for i in range(count - 1))]
 
 
-def decode(
-    planes: Sequence[Tensor], levels: tuple[float, ...], layout: BitPlanes, shape: Sequence[int], dtype: torch.dtype
+def bits_by_threshold(x: Tensor, thresholds: Thresholds) -> list[Tensor]:
+    """The same bits from x itself: each flips at the thresholds that are its own.
+
+    On a CPU, in float32, a bit is the sign of an int32: three quarters of the time that masks take, which
+    Inductor makes vectors and masks again at each step. In other dtypes it does not vectorise that.
+    """
+    signs = x.device.type == "cpu" and x.dtype == torch.float32
+    wide = at_least_float32(x)
+    pairs = zip(thresholds.start, thresholds.flips, strict=True)
+    return [_flipping(wide, start, flips, signs) for start, flips in pairs]
+
+
+def _flipping(x: Tensor, start: bool, flips: tuple[float, ...], signs: bool) -> Tensor:
+    if not flips:
+        return torch.full_like(x, start, dtype=torch.bool)
+    beyond = [(_scalar(t, x) - x).view(torch.int32) if signs else x > _scalar(t, x) for t in flips]
+    bit = functools.reduce(torch.bitwise_xor, beyond)
+    return torch.bitwise_not(bit) if start else bit
+
+
+def encode(x: Tensor, bits_of: BitsOf, layout: BitPlanes) -> list[Tensor]:
+    """The planes of the codes of a tensor: for each part of the layout as many as a code has bits.
+
+    Args:
+        x: Tensor of any shape and dtype.
+        bits_of: Takes blocks of x, returns boolean blocks.
+        layout: Of x.
+    """
+    return [layout.pack(bit) for part in layout.split(x) for bit in bits_of(part)]
+
+
+def decode(planes: Sequence[Tensor], levels: tuple[float, ...], layout: BitPlanes, dtype: torch.dtype) -> list[Tensor]:
+    """The level that each code names, in blocks, for each part of the layout."""
+    bits = bits_for(levels)
+    table = [torch.full((), c, dtype=dtype, device=planes[0].device) for c in by_code(levels)]
+    parts = [planes[i : i + bits] for i in range(0, len(planes), bits)]
+    return [choose(table, [layout.unpack(plane) for plane in part]) for part in parts]
+
+
+def scale(
+    gradient: Tensor,
+    planes: Sequence[Tensor],
+    levels: tuple[float, ...],
+    layout: BitPlanes,
+    dtype: torch.dtype,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mul,
 ) -> Tensor:
-    """The level that each code names, in the given shape and floating point dtype."""
-    bits = [layout.unpack(plane, shape) != 0 for plane in planes]
-    return choose([torch.full((), c, dtype=dtype, device=planes[0].device) for c in padded(levels)], bits)
+    """``gradient * level``, with the levels that the codes name.
+
+    In the gradient's own shape, where the kernels around it are at work; only what is in two parts is
+    multiplied part by part, so that no copy is made of the levels.
+
+    Args:
+        gradient: Of the shape of what was encoded.
+        planes: Of :func:`encode`.
+        levels: Of the codebook.
+        layout: Of what was encoded.
+        dtype: Of the result; the product is taken in float32, or float64 where the gradient is.
+        product: Instead of the plain one.
+    """
+
+    def scaled(g: Tensor, level: Tensor) -> Tensor:
+        return product(at_least_float32(g), level).to(dtype)
+
+    decoded = decode(planes, levels, layout, torch.promote_types(gradient.dtype, torch.float32))
+    if len(decoded) == 1:
+        return scaled(gradient, layout.join(decoded, gradient))
+    return layout.join([scaled(*pair) for pair in zip(layout.split(gradient), decoded, strict=True)], gradient)
+
+
+def by_code(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """A level for every code, those that are never used included."""
+    ranks = {gray_code(rank): rank for rank in range(2 ** bits_for(levels))}
+    return tuple(levels[min(ranks[code], len(levels) - 1)] for code in range(len(ranks)))
 
 
 def multiply(gradient: Tensor, level: Tensor) -> Tensor:
     """``gradient * level``, and 0 where the level is 0, also for an infinite gradient, as torch's masks give it."""
     return torch.where(level == 0, 0.0, gradient * level)
-
-
-def padded(levels: tuple[float, ...]) -> tuple[float, ...]:
-    """A level for every code, those that are never used included."""
-    return (*levels, *levels[-1:] * (2 ** bits_for(levels) - len(levels)))
 
 
 def choose(candidates: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
@@ -142,3 +128,7 @@ def choose(candidates: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
     for bit in reversed(bits):
         chosen = [torch.where(bit, high, low) for low, high in zip(chosen[::2], chosen[1::2], strict=True)]
     return chosen[0]
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    return torch.full((), value, dtype=like.dtype, device=like.device)

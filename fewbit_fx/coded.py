@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbit_fx.codec import at_least_float32
-from fewbit_fx.fitting import codebook
+from fewbit_fx.coding import fit_coding
 from fewbit_fx.function_cache import kept_with_the_function, owner_of
-from fewbit_fx.functions import Pointwise, trace_derivative, undisturbed, writes_to_its_input
+from fewbit_fx.functions import Pointwise, derivative_of, trace_derivative, undisturbed, writes_to_its_input
 from fewbit_fx.kernels import Encoder
 from fewbit_fx.sampling import NotCodableError
-
-DENSITY = "typical"  # as the backend does
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class CodedDerivative:
     @property
     def levels(self) -> tuple[float, ...]:
         """Of the codebook."""
-        return self.encoder.codebook.levels
+        return self.encoder.coding.codebook.levels
 
     def value(self, function: Pointwise, x: Tensor) -> Tensor:
         """``function(x)``, with x left as it is.
@@ -88,8 +86,8 @@ class CodedDerivative:
 @kept_with_the_function
 def coded_function(function: Pointwise, bits: int) -> CodedDerivative:
     """The few-bit form of any pointwise function. Raises as :func:`fewbit_fx.codebook` does."""
-    fitted = codebook(function, bits, DENSITY)
-    return CodedDerivative(Encoder(trace_derivative(function), fitted), writes_to_its_input(function))
+    coding = fit_coding(derivative_of(function), bits)
+    return CodedDerivative(Encoder(trace_derivative(function), coding), writes_to_its_input(function))
 
 
 def coded_activation(
@@ -104,11 +102,11 @@ def _coded_activation(
     activation: Activation, bits: int, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> CodedDerivative | None:
     try:
-        fitted = codebook(activation, bits, DENSITY)
+        coding = fit_coding(derivative_of(activation), bits)
     except NotCodableError:
         return None
     compared = activation if dtype is None else _as_compared(activation, dtype, device)
-    return None if compared is None else CodedDerivative(Encoder(trace_derivative(compared), fitted))
+    return None if compared is None else CodedDerivative(Encoder(trace_derivative(compared), coding))
 
 
 def _as_compared(activation: Activation, dtype: torch.dtype, device: str) -> Activation | None:

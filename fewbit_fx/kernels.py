@@ -22,19 +22,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fewbit_fx._torch import mode_of, runs_compiled
-from fewbit_fx.codec import (
+from fewbit_fx.bitplanes import (
     WORD_BITS,
-    at_least_float32,
-    choose,
-    encode,
+    BitPlanes,
     from_memory_order,
     in_memory_order,
-    lanes_on,
+    lanes_for,
     memory_order,
-    multiply,
-    padded,
-    plane_layout,
 )
+from fewbit_fx.codec import at_least_float32, by_code, choose, multiply
+from fewbit_fx.coding import Coding
 from fewbit_fx.frames import in_a_frame_of_its_own
 from fewbit_fx.functions import Pointwise
 from fewbit_fx.levels import Codebook
@@ -71,7 +68,7 @@ class Form:
     @property
     def lanes(self) -> int:
         """Words that a kernel fills side by side."""
-        return lanes_on(self.device)
+        return lanes_for(self.device, self.dtype)[0]
 
     @property
     def whole(self) -> int:
@@ -91,11 +88,11 @@ class Encoder:
 
     Attributes:
         derivative: f', pointwise, in float32 or float64.
-        codebook: Of f'.
+        coding: Of f'.
     """
 
     derivative: Pointwise
-    codebook: Codebook
+    coding: Coding
     _kernels: dict[tuple[torch.dtype, str], Kernel] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -105,7 +102,7 @@ class Encoder:
             x: Tensor of any shape, strides and floating point dtype; only read.
 
         Returns:
-            int32 words, shape (codebook.bits, ceil(x.numel() / 32)).
+            int32 words, shape (b, ceil(x.numel() / 32)).
         """
         kernel, form = self._kernel(x), Form.of(x)
         with _plain_arithmetic(x):
@@ -115,13 +112,13 @@ class Encoder:
                 words = kernel(_deal_out(flat[form.whole :], form.lanes))
                 parts.append(words[:, : -(-form.rest // WORD_BITS)].clone())  # not a view, which would keep the padding
             if not parts:
-                return x.new_empty((self.codebook.bits, 0), dtype=torch.int32)
+                return x.new_empty((self.coding.codebook.bits, 0), dtype=torch.int32)
             return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def _kernel(self, x: Tensor) -> Kernel:
         key = x.dtype, x.device.type
         if key not in self._kernels:
-            self._kernels[key] = _encoder(self.derivative, self.codebook)
+            self._kernels[key] = _encoder(self.derivative, self.coding)
         return self._kernels[key]
 
 
@@ -180,12 +177,11 @@ def _collect(dealt: Tensor, lanes: int) -> Tensor:
     return dealt.view(2, WORD_BITS, lanes).transpose(1, 2).reshape(-1)
 
 
-def _encoder(derivative: Pointwise, codebook: Codebook) -> Kernel:
+def _encoder(derivative: Pointwise, coding: Coding) -> Kernel:
     def encoder(x: Tensor) -> Tensor:
-        layout = plane_layout(x)
-        blocks = x.view(-1, WORD_BITS, layout.lanes)
-        planes = encode(derivative(at_least_float32(blocks)), codebook.levels, layout)
-        return torch.stack([plane.view(-1) for plane in planes])
+        layout = BitPlanes(lanes_for(x.device, x.dtype)[0])
+        bits = coding.bits(layout.blocks(x), lambda blocks: derivative(at_least_float32(blocks)))
+        return torch.stack([layout.pack(bit).view(-1) for bit in bits])
 
     return Kernel(encoder)
 
@@ -193,19 +189,18 @@ def _encoder(derivative: Pointwise, codebook: Codebook) -> Kernel:
 @functools.lru_cache(maxsize=256)
 def _decoder(bits: int, _gradient: torch.dtype, dtype: torch.dtype, _device: str) -> Kernel:
     def decoder(gradient: Tensor, words: Tensor, levels: Tensor) -> Tensor:
-        layout = plane_layout(gradient)
-        blocks = gradient.view(-1, WORD_BITS, layout.lanes)
-        wide = at_least_float32(blocks)
+        layout = BitPlanes(lanes_for(gradient.device, dtype)[0])
+        wide = at_least_float32(layout.blocks(gradient))
         planes = words.view(bits, -1, 1, layout.lanes).unbind()
-        codes = [layout.unpack(plane, blocks.shape) != 0 for plane in planes]
+        codes = [layout.unpack(plane) for plane in planes]
         return multiply(wide, choose(levels.to(wide.dtype).unbind(), codes)).to(dtype).view(-1)
 
     return Kernel(decoder)
 
 
 def _levels(codebook: Codebook, device: torch.device) -> Tensor:
-    """All 2^bits levels as a tensor, so that codebooks share a decode kernel."""
-    return torch.tensor(padded(codebook.levels), dtype=torch.float64, device=device)
+    """The level of each code as a tensor, so that codebooks share a decode kernel."""
+    return torch.tensor(by_code(codebook.levels), dtype=torch.float64, device=device)
 
 
 _kept_levels = functools.lru_cache(maxsize=256)(_levels)  # of real tensors only

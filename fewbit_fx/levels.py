@@ -24,7 +24,7 @@ class Codebook:
     """Levels in ascending order, and how well they stand for the sample they were fitted to.
 
     Attributes:
-        levels: The values that codes 0, 1, ... name. At most 2^bits of them, ascending.
+        levels: At most 2^bits of them, ascending.
         relative_error: Root mean square of (level - value) over that of the value, a ratio.
         mean_squared_error: Weighted mean of (level - value)^2.
     """
@@ -43,18 +43,23 @@ class Codebook:
         """Values at which the nearest level changes: midpoints of neighbouring levels."""
         return boundaries_between(self.levels)
 
-    def codes(self, values: Array) -> npt.NDArray[np.int64]:
-        """The code of each value: the index of its nearest level."""
+    def ranks(self, values: Array) -> npt.NDArray[np.int64]:
+        """The index of the level nearest to each value."""
         return np.searchsorted(self.boundaries, values, side="right").astype(np.int64)
 
     def nearest(self, values: Array) -> Array:
         """The level nearest to each value."""
-        return np.asarray(self.levels)[self.codes(values)]
+        return np.asarray(self.levels)[self.ranks(values)]
 
 
 def bits_for(levels: tuple[float, ...]) -> int:
     """Bits needed to name one of the levels; at least 1."""
     return max(1, (len(levels) - 1).bit_length())
+
+
+def gray_code(rank: int) -> int:
+    """The code of the level of this rank: neighbours differ in one bit."""
+    return rank ^ (rank >> 1)
 
 
 def boundaries_between(levels: tuple[float, ...]) -> tuple[float, ...]:

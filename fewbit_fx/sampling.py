@@ -63,7 +63,7 @@ def sample_derivative(derivative: Function, density: Density) -> Sample:
 
 def _reach(derivative: Function) -> float:
     """The least r such that the derivative varies on [-r, r] only."""
-    x = _symmetric_grid(_LINE, _COARSE_POINTS)
+    x = symmetric_grid(_LINE, _COARSE_POINTS)
     values = _evaluate(derivative, x)
     defined = np.isfinite(values)
     if defined[np.abs(x) < 10].mean() < 0.99:
@@ -76,7 +76,7 @@ def _reach(derivative: Function) -> float:
     return max(_settling_point(x, values, span), _settling_point(-x[::-1], values[::-1], span))
 
 
-def _symmetric_grid(reach: float, points: int) -> Array:
+def symmetric_grid(reach: float, points: int) -> Array:
     """Points from -reach to reach, ever denser towards 0."""
     scale = 1e-3
     t = np.linspace(-1.0, 1.0, points) * np.arcsinh(reach / scale)
@@ -88,7 +88,7 @@ def _require_bounded(derivative: Function, x: Array, values: Array) -> None:
     inner = np.abs(values[np.abs(x) <= 1e-3 * _LINE]).max()
     if np.abs(values).max() > 1.5 * inner + 1e-9:
         raise NotCodableError("its derivative grows without bound")
-    fine = _evaluate(derivative, _symmetric_grid(_LINE, 8 * _COARSE_POINTS))
+    fine = _evaluate(derivative, symmetric_grid(_LINE, 8 * _COARSE_POINTS))
     if np.abs(fine[np.isfinite(fine)]).max() > 1.5 * inner + 1e-9:
         raise NotCodableError("its derivative grows without bound near a point")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ class FewBitPartitioner(CustomPartitionerFn):
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The forward and the backward graph. Called by Inductor with AOTAutograd's joint graph."""
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        started = time.perf_counter()
         static = kwargs.get("static_lifetime_input_indices") or ()
         plain = Partition(forward, backward, kwargs["num_fwd_outputs"], tuple(static))
         try:
@@ -60,7 +63,7 @@ class FewBitPartitioner(CustomPartitionerFn):
             _warn_of(fault)
             size = plain.saved_bytes()
             chosen, record = plain, GraphRecord(compile_id(), size, size, (), f"left exact after a fault: {fault!r}")
-        self._record(record)
+        self._record(replace(record, pass_seconds=time.perf_counter() - started))
         return chosen.forward, chosen.backward
 
     def uuid(self) -> Any:

@@ -12,11 +12,9 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fewbit_fx._torch import hint
+from fewbit_fx.coding import Coding, fit_coding
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.density import Typical
-from fewbit_fx.fitting import fit
 from fewbit_fx.functions import is_affine
-from fewbit_fx.levels import Codebook
 from fewbit_fx.sampling import NotCodableError
 
 _RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
@@ -36,15 +34,16 @@ def choose(site: Site, config: FewBitConfig) -> Representation:
         return Exact(PRODUCT)
     if not config.derivatives:
         return Exact("derivatives are switched off (derivatives=False)")
-    codebook = fitted_codebook(site.derivative, config.bits)
-    if isinstance(codebook, Exact):
-        return codebook
-    if codebook.relative_error > config.max_relative_error:
+    coding = fitted_coding(site.derivative, config.bits)
+    if isinstance(coding, Exact):
+        return coding
+    error = coding.codebook.relative_error
+    if error > config.max_relative_error:
         return Exact(
-            f"{config.bits} bits would leave a relative error of {codebook.relative_error:.0%}, "
+            f"{config.bits} bits would leave a relative error of {error:.0%}, "
             f"above max_relative_error = {config.max_relative_error:.0%}"
         )
-    return Coded(codebook)
+    return Coded(coding)
 
 
 def _forward_nodes(site: Site) -> tuple[fx.Node, ...]:
@@ -52,10 +51,10 @@ def _forward_nodes(site: Site) -> tuple[fx.Node, ...]:
 
 
 @functools.lru_cache(maxsize=1024)  # layers share their derivative, and models their activations
-def fitted_codebook(derivative: Derivative, bits: int) -> Codebook | Exact:
-    """The codebook of a derivative, or why there is none; fitted once per derivative and process."""
+def fitted_coding(derivative: Derivative, bits: int) -> Coding | Exact:
+    """The coding of a derivative, or why there is none; fitted once per derivative and process."""
     try:
-        return fit(derivative.ideal, bits, Typical())
+        return fit_coding(derivative.ideal, bits)
     except NotCodableError as reason:
         return Exact(PRODUCT if is_affine(derivative.ideal) else str(reason))
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as fault:  # whatever an operation may raise

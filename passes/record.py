@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fewbit_fx.passes.graph import value_of
@@ -56,6 +56,8 @@ class GraphRecord:
         fewbit_bytes: The same for the partition that is used.
         sites: Every site looked at, in graph order.
         note: Why the whole graph was left exact, or "".
+        pass_seconds: Wall time of fewbit's own passes, without torch's cut, when the graph was
+            compiled, in seconds. Not compared.
     """
 
     compile_id: str
@@ -63,6 +65,7 @@ class GraphRecord:
     fewbit_bytes: int
     sites: tuple[SiteRecord, ...]
     note: str = ""
+    pass_seconds: float = field(default=0.0, compare=False)
 
 
 def site_record(site: Site, representation: Representation) -> SiteRecord:

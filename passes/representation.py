@@ -12,7 +12,9 @@ from fewbit_fx.passes.graph import value_of
 from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
 from torch import Tensor
 
-from fewbit_fx.codec import BitPlanes, at_least_float32, decode, encode, plane_layout
+from fewbit_fx.bitplanes import BitPlanes, plane_layout
+from fewbit_fx.codec import encode, scale
+from fewbit_fx.coding import Coding
 from fewbit_fx.levels import Codebook
 
 
@@ -31,7 +33,12 @@ class Coded:
     The factor of the gradient becomes ``decode(encode(f'(x)))``.
     """
 
-    codebook: Codebook
+    coding: Coding
+
+    @property
+    def codebook(self) -> Codebook:
+        """The levels."""
+        return self.coding.codebook
 
     @property
     def label(self) -> str:
@@ -44,14 +51,15 @@ class Coded:
 
     def encode(self, site: DerivativeSite, x: Tensor) -> list[Tensor]:
         """Bit planes of f'(x)."""
-        return encode(at_least_float32(site.derivative(x)), self.codebook.levels, self.layout(site))
+        return encode(x, lambda blocks: self.coding.bits(blocks, site.derivative), self.layout(site))
+
+    def planes(self, site: DerivativeSite) -> int:
+        """How many planes there are."""
+        return self.codebook.bits * self.layout(site).parts(value_of(site.source))
 
     def gradient(self, site: DerivativeSite, g: Tensor, planes: list[Tensor]) -> Tensor:
         """The exit gradient, from the entry gradient and the planes."""
-        wide = at_least_float32(g)
-        like = value_of(site.exit)
-        level = decode(planes, self.codebook.levels, self.layout(site), like.shape, wide.dtype)
-        return (wide * level).to(like.dtype)
+        return scale(g, planes, self.codebook.levels, self.layout(site), value_of(site.exit).dtype)
 
     def nbytes(self, site: DerivativeSite) -> int:
         """Bytes of all the planes, by hint where the size is symbolic."""
@@ -69,12 +77,17 @@ class PackedMask:
         return plane_layout(value_of(site.mask))
 
     def encode(self, site: MaskSite, mask: Tensor) -> list[Tensor]:
-        """The one bit plane of the mask."""
-        return [self.layout(site).pack(mask)]
+        """The bit plane of the mask, in as many parts as the layout has."""
+        return encode(mask, lambda blocks: [blocks], self.layout(site))
 
-    def decode(self, site: MaskSite, plane: Tensor) -> Tensor:
+    def planes(self, site: MaskSite) -> int:
+        """How many parts there are."""
+        return self.layout(site).parts(value_of(site.mask))
+
+    def decode(self, site: MaskSite, planes: list[Tensor]) -> Tensor:
         """The mask."""
-        return self.layout(site).unpack(plane, value_of(site.mask).shape) != 0
+        layout = self.layout(site)
+        return layout.join([layout.unpack(plane) for plane in planes], value_of(site.mask))
 
     def nbytes(self, site: MaskSite) -> int:
         """Bytes of the plane, by hint where the size is symbolic."""

@@ -56,7 +56,7 @@ class _Rewriter:
         key = (site.source, site.derivative, coded)
         if key not in self._shared:
             x = self._in_forward(site.source)
-            self._shared[key] = self._save(x, lambda value, *_: coded.encode(site, value), coded.codebook.bits)
+            self._shared[key] = self._save(x, lambda value, *_: coded.encode(site, value), coded.planes(site))
         planes = self._shared[key]
         exit_node = self._backward[site.exit.name]
 
@@ -69,13 +69,14 @@ class _Rewriter:
         self._backward[site.exit.name] = replacement  # the next site may begin where this one ends
 
     def pack(self, site: MaskSite, packed: PackedMask) -> None:
-        """Save the mask as one bit plane, and unpack it for whatever reads it in the backward."""
-        planes = self._save(self._in_forward(site.mask), lambda value, *_: packed.encode(site, value), 1)
+        """Save the mask as a bit plane, and unpack it for whatever reads it in the backward."""
+        value = self._in_forward(site.mask)
+        planes = self._save(value, lambda value, *_: packed.encode(site, value), packed.planes(site))
         mask = self._backward[site.mask.name]
         readers = list(mask.users)
 
-        def unpack(plane: Tensor, *_: Tensor) -> list[Tensor]:
-            return [packed.decode(site, plane)]
+        def unpack(*values: Tensor) -> list[Tensor]:
+            return [packed.decode(site, list(values[: len(planes)]))]
 
         (unpacked,) = splice(unpack, [*planes, *self._backward_symbols], min(readers), readers[0])
         mask.replace_all_uses_with(unpacked)

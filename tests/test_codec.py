@@ -1,14 +1,24 @@
-"""Bit planes: what goes in comes out, in exactly b bits an element."""
+"""Bit planes and codes: what goes in comes out, in exactly b bits an element."""
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers import derivative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from fewbit_fx.codec import BitPlanes, decode, encode, plane_layout
-from fewbit_fx.levels import bits_for
+from fewbit_fx.bitplanes import BitPlanes, plane_layout
+from fewbit_fx.codec import bits_by_threshold, bits_by_value, by_code, decode, encode
+from fewbit_fx.coding import fit_coding
+from fewbit_fx.functions import ACTIVATIONS, derivative_of
+from fewbit_fx.levels import bits_for, gray_code
+from fewbit_fx.thresholds import Thresholds
 
 LANES = (1, 32)
 
@@ -18,74 +28,155 @@ def evenly(bits: int, levels: int | None = None) -> tuple[float, ...]:
     return tuple(i / count for i in range(count))
 
 
-def nearest(values: torch.Tensor, levels: tuple[float, ...]) -> torch.Tensor:
+def nearest(values: Tensor, levels: tuple[float, ...]) -> Tensor:
     candidates = torch.tensor(levels, dtype=values.dtype)
     return candidates[(values.unsqueeze(-1) - candidates).abs().argmin(-1)]
 
 
-@settings(max_examples=60, deadline=None)
+def there_and_back(values: Tensor, levels: tuple[float, ...], layout: BitPlanes) -> Tensor:
+    planes = encode(values, lambda blocks: bits_by_value(blocks, levels), layout)
+    assert len(planes) == bits_for(levels) * layout.parts(values)
+    assert sum(p.nbytes for p in planes) == bits_for(levels) * layout.nbytes(values)
+    return layout.join(decode(planes, levels, layout, values.dtype), values)
+
+
+@settings(max_examples=100, deadline=None)
 @given(
-    shape=st.lists(st.integers(1, 40), min_size=0, max_size=3),
-    lanes=st.sampled_from(LANES),
+    shape=st.lists(st.integers(0, 40), min_size=0, max_size=3),
+    lanes=st.sampled_from((1, 8, 32)),
     seed=st.integers(0, 1000),
 )
 def test_pack_then_unpack_gives_the_same_bits(shape: list[int], lanes: int, seed: int) -> None:
     bits = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     layout = BitPlanes(lanes)
-    words = layout.pack(bits)
-    assert torch.equal(layout.unpack(words, bits.shape) != 0, bits)
-    assert words.dtype == torch.int32
-    assert words.nbytes == layout.nbytes(bits) <= -(-bits.numel() // 8) + 4 * lanes
+    planes = encode(bits, lambda blocks: [blocks], layout)
+    assert torch.equal(layout.join([layout.unpack(plane) for plane in planes], bits), bits)
+    assert {p.dtype for p in planes} == {torch.int32}
+    assert sum(p.nbytes for p in planes) == layout.nbytes(bits) <= -(-bits.numel() // 8) + 4 * lanes
+    assert len(planes) == layout.parts(bits)
 
 
 @pytest.mark.parametrize("lanes", LANES)
 def test_exactly_one_bit_per_element_where_blocks_fill_up(lanes: int) -> None:
-    assert BitPlanes(lanes).pack(torch.ones(64, 1024, dtype=torch.bool)).nbytes == 64 * 1024 // 8
+    (plane,) = encode(torch.ones(64, 1024, dtype=torch.bool), lambda blocks: [blocks], BitPlanes(lanes))
+    assert plane.nbytes == 64 * 1024 // 8
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_decode_gives_the_nearest_level(bits: int, lanes: int, dtype: torch.dtype) -> None:
-    values, layout, levels = torch.rand(37, 29, dtype=dtype) * 1.4 - 0.2, BitPlanes(lanes), evenly(bits)
-    planes = encode(values, levels, layout)
-    assert len(planes) == bits
-    assert torch.equal(decode(planes, levels, layout, values.shape, dtype), nearest(values, levels))
+    values, levels = torch.rand(37, 29, dtype=dtype) * 1.4 - 0.2, evenly(bits)
+    assert torch.equal(there_and_back(values, levels, BitPlanes(lanes)), nearest(values, levels))
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 6, 7])
 def test_codebooks_need_not_be_full(count: int) -> None:
-    values, layout, levels = torch.rand(100), BitPlanes(1), evenly(3, count)
-    planes = encode(values, levels, layout)
-    assert len(planes) == bits_for(levels)
-    assert torch.equal(decode(planes, levels, layout, values.shape, values.dtype), nearest(values, levels))
+    values, levels = torch.rand(100), evenly(3, count)
+    assert torch.equal(there_and_back(values, levels, BitPlanes(1)), nearest(values, levels))
 
 
 def test_values_beyond_the_levels_and_not_numbers_have_codes_too() -> None:
-    values, layout, levels = (
-        torch.tensor([float("-inf"), -9.0, 9.0, float("inf"), float("nan")]),
-        BitPlanes(1),
-        evenly(2),
-    )
-    decoded = decode(encode(values, levels, layout), levels, layout, values.shape, values.dtype)
-    assert decoded.tolist() == [0.0, 0.0, 0.75, 0.75, 0.0]
+    values = torch.tensor([float("-inf"), -9.0, 9.0, float("inf"), float("nan")])
+    assert there_and_back(values, evenly(2), BitPlanes(1)).tolist() == [0.0, 0.0, 0.75, 0.75, 0.0]
+
+
+def test_neighbouring_levels_differ_in_one_bit() -> None:
+    levels = evenly(4)
+    codes = [by_code(levels).index(level) for level in levels]
+    assert codes == [gray_code(rank) for rank in range(16)]
+    assert sorted(codes) == list(range(16))
+    assert {(a ^ b).bit_count() for a, b in itertools.pairwise(codes)} == {1}
 
 
 @pytest.mark.parametrize(
     "x",
     [
         torch.rand(4, 8, 6, 6).to(memory_format=torch.channels_last),
+        torch.rand(4, 32, 8, 8).to(memory_format=torch.channels_last),
         torch.rand(5, 7, 3).permute(2, 0, 1),
         torch.rand(6, 1).expand(6, 9),
         torch.rand(12, 12)[::2, ::3],
     ],
 )
-def test_any_strides_survive(x: torch.Tensor) -> None:
-    layout, levels = plane_layout(x), evenly(3)
-    decoded = decode(encode(x, levels, layout), levels, layout, x.shape, x.dtype)
-    assert torch.equal(decoded, nearest(x, levels))
+def test_any_strides_survive(x: Tensor) -> None:
+    assert torch.equal(there_and_back(x, evenly(3), plane_layout(x)), nearest(x, evenly(3)))
 
 
 def test_the_layout_walks_memory_in_its_own_order() -> None:
     assert plane_layout(torch.rand(2, 3, 4, 5)).order == ()
     assert plane_layout(torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last)).order == (0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "lanes", "parts"),
+    [((4, 1024), 32, 1), ((3, 512), 16, 1), ((5, 768), 32, 2), ((5, 257), 32, 2), ((3, 9), 32, 1)],
+)
+def test_the_lanes_are_those_that_leave_no_rest(shape: tuple[int, ...], lanes: int, parts: int) -> None:
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    assert (plane_layout(x).lanes, plane_layout(x).parts(x)) == (lanes, parts)
+
+
+# Codes from x itself.
+
+FUNCTIONS = {
+    **{name: ACTIVATIONS[name] for name in ("gelu", "silu", "mish", "tanh", "softplus", "selu", "hardswish")},
+    "elu, kinked": lambda x: F.elu(x, 1.7),
+    "wide tanh": lambda x: 50 * torch.tanh(x / 50),
+    "bump": lambda x: torch.exp(-x * x),
+    "jump": lambda x: torch.where(x > 0.25, torch.tanh(x), 0.1 * x),
+}
+
+
+def codes(x: Tensor, thresholds: Thresholds) -> Tensor:
+    bits = bits_by_threshold(x, thresholds)
+    assert {b.dtype for b in bits} == {torch.int32 if x.dtype == torch.float32 else torch.bool}
+    booleans = [b if b.dtype == torch.bool else b < 0 for b in bits]
+    return sum(b.long() << i for i, b in enumerate(reversed(booleans)))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_thresholds_on_x_give_the_nearest_level(name: str, bits: int, dtype: torch.dtype) -> None:
+    function = FUNCTIONS[name]
+    coding = fit_coding(derivative_of(function), bits)
+    assert coding.thresholds is not None
+    x = torch.cat(
+        [torch.linspace(-300, 300, 100_001), torch.randn(100_000), torch.tensor([0.0, -0.0, -3.0, 3.0, 0.25])]
+    )
+    x = torch.cat([x, torch.tensor([-1e30, 1e30])]).to(dtype)
+    table = torch.tensor(by_code(coding.codebook.levels), dtype=torch.float64)
+    exact, level = derivative(function, x), table[codes(x, coding.thresholds)]
+    best = nearest(exact, coding.codebook.levels)
+    assert ((level - exact).abs() <= (best - exact).abs() + 1e-6).all()
+
+
+def test_flips_are_as_few_as_changes_of_level() -> None:
+    """A level of a monotone derivative gives way to the next in one bit."""
+    for bits in (1, 2, 3, 4):
+        coding = fit_coding(derivative_of(F.softplus), bits)
+        assert coding.thresholds is not None
+        assert [len(flips) for flips in coding.thresholds.flips] == [2**i for i in range(bits)]
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda x: x + torch.sin(x) ** 2, "periodic: no end of thresholds"),
+        (F.relu6, "exact: not to be off by one float"),
+        (lambda x: torch.where(x > 0.3, torch.tanh(x), 0.1 * x), "a jump where there is no float32"),
+    ],
+)
+def test_where_codes_come_from_values(function, why: str) -> None:  # type: ignore[no-untyped-def]
+    assert fit_coding(derivative_of(function), 3).thresholds is None, why
+
+
+def test_a_kink_at_zero_belongs_to_the_right_side() -> None:
+    """Zeros are frequent (padding, dropout), and float64 has neighbours of 0 that float32 has not."""
+    coding = fit_coding(derivative_of(lambda x: F.elu(x, 1.7)), 3)
+    assert coding.thresholds is not None
+    assert 0.0 in coding.thresholds.flips[-1]
+    x = torch.tensor([0.0, -0.0, float(np.nextafter(np.float32(0), np.float32(1)))])
+    level = torch.tensor(by_code(coding.codebook.levels))[codes(x, coding.thresholds)]
+    assert (level[0] == level[1]) & (level[0] > 1.5) & (abs(level[2] - 1) < 0.1)

@@ -135,6 +135,7 @@ def test_a_report_survives_a_warm_start() -> None:
         torch.compile(model, backend=backend)(x).sum().backward()
         reports.append(backend.last_report())
     assert reports[0].sites == reports[1].sites != ()
+    assert reports[0].graphs[0].pass_seconds == reports[1].graphs[0].pass_seconds > 0
 
 
 def test_a_warm_start_tells_autocast_dtypes_apart() -> None:

@@ -205,7 +205,7 @@ def test_dtypes_and_ragged_sizes(dtype: torch.dtype, rows: int) -> None:
     check_interface(seen.chosen)
 
 
-@pytest.mark.parametrize("width", [63, 64])
+@pytest.mark.parametrize("width", [63, 64, 1024])
 def test_symbolic_shapes(width: int) -> None:
     model = mlp(nn.Sequential(nn.GELU(), nn.Dropout(0.1)), width=width, frozen=True)
     x = torch.randn(48, 32)

@@ -1,0 +1,146 @@
+"""Bit planes: one bit of each of 32 elements in an int32 word, so that b planes take exactly b bits an element.
+
+A block of ``32 * lanes`` elements neighbouring in memory fills ``lanes`` words: element
+``lane + lanes * i`` of the block is bit i of word ``lane``. One lane gives a GPU one fused persistent
+reduction; on a CPU as many as fill a cache line with elements make plain loops over whole vectors.
+
+Whoever has planes knows neither lanes nor blocks; whoever makes them works block by block, in tensors
+of shape (..., 32, lanes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fewbit_fx._torch import hint, statically_known_true
+
+WORD_BITS = 32
+
+
+@dataclass(frozen=True)
+class BitPlanes:
+    """The layout of the planes of a tensor.
+
+    Attributes:
+        lanes: Words in a block, see the module's text.
+        order: Dimensions of the tensor from the outermost to the innermost in memory, or empty for
+            a contiguous tensor. Both directions then walk memory in its own order.
+        kept: So many dimensions stay in front of the blocks, those of symbolic size among them: the ones
+            behind fill blocks. Inductor cannot see through a view that merges a symbolic size.
+    """
+
+    lanes: int
+    order: tuple[int, ...] = ()
+    kept: int = 0
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """The elements of a tensor, in its order in memory, as blocks: one part, or two.
+
+        Where the last block is not known to be full, it is padded. With several lanes it is then a
+        part of its own, so that all others remain plain vector loops.
+        """
+        ordered = in_memory_order(x, self.order)
+        if self._fills(x):
+            return [self.blocks(ordered)]
+        flat = ordered.reshape(-1)
+        if not self._has_rest_apart(x):
+            return [self.blocks(pad(flat, (0, -flat.numel() % self._block)))]
+        whole = (flat.numel() - 1) // self._block * self._block  # so that the rest is never empty: no case apart
+        rest = pad(flat[whole:], (0, self._block - (flat.numel() - whole)))
+        return [self.blocks(flat[:whole]), self.blocks(rest)]
+
+    def parts(self, x: Tensor) -> int:
+        """How many parts :meth:`split` makes."""
+        return 2 if self._has_rest_apart(x) else 1
+
+    def join(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The tensor, of the shape of another, whose parts these are."""
+        if self._fills(like):
+            return from_memory_order(parts[0], like.shape, self.order)
+        flats = [part.reshape(-1) for part in parts]
+        numel = like.numel()
+        flats[-1] = flats[-1][: numel - sum(flat.numel() for flat in flats[:-1])]
+        return from_memory_order(torch.cat(flats) if len(flats) > 1 else flats[0], like.shape, self.order)
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """Whole blocks, shape (kept dimensions, blocks, 32, lanes), of a tensor in memory order."""
+        return x.reshape(*x.shape[: self.kept], -1, WORD_BITS, self.lanes)
+
+    def pack(self, bits: Tensor) -> Tensor:
+        """Blocks of bits, boolean or the signs of int32 -> int32 words, shape (kept dimensions, blocks, 1, lanes)."""
+        weights = _weights(bits.device)
+        if bits.dtype == torch.bool:
+            weighted = torch.where(bits, weights, torch.zeros_like(weights))
+        else:
+            weighted = (bits >> (WORD_BITS - 1)) & weights
+        # The size-1 dimension spares unpack a view of the words, which a partitioner could save instead.
+        return weighted.sum(-2, keepdim=True, dtype=torch.int32)
+
+    def unpack(self, words: Tensor) -> Tensor:
+        """Words of :meth:`pack` -> the boolean blocks."""
+        return (words & _weights(words.device)) != 0
+
+    def nbytes(self, x: Tensor) -> int:
+        """Bytes of one plane of a tensor, by hint where its size is symbolic."""
+        return -(-hint(x.numel()) // self._block) * self._block // 8
+
+    @property
+    def _block(self) -> int:
+        return WORD_BITS * self.lanes
+
+    def _fills(self, x: Tensor) -> bool:
+        return self.kept > 0 or statically_known_true(x.numel() % self._block == 0)
+
+    def _has_rest_apart(self, x: Tensor) -> bool:
+        return self.lanes > 1 and not self._fills(x) and not statically_known_true(x.numel() < self._block)
+
+
+def _weights(device: torch.device) -> Tensor:
+    """2^i for the 32 bits of a word, shape (32, 1)."""
+    one = torch.ones((), dtype=torch.int32, device=device)
+    return (one << torch.arange(WORD_BITS, dtype=torch.int32, device=device)).unsqueeze(-1)
+
+
+def plane_layout(x: Tensor) -> BitPlanes:
+    """The layout for planes of a tensor of this device, shape and strides."""
+    order = memory_order(x)
+    sizes = [x.shape[d] for d in order] if order else list(x.shape)
+    kept = max((i + 1 for i, n in enumerate(sizes) if not isinstance(n, int)), default=0)
+    inner = math.prod(sizes[kept:])
+    suitable = lanes_for(x.device, x.dtype)
+    filling = [n for n in suitable if inner % (WORD_BITS * n) == 0]
+    return BitPlanes(filling[0], order, kept) if filling else BitPlanes(suitable[0], order)
+
+
+def lanes_for(device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
+    """The numbers of lanes that suit tensors of a device and dtype, the best first."""
+    if device.type != "cpu":
+        return (1,)
+    return (32, 16) if dtype.itemsize < 4 else (16, 32)
+
+
+def memory_order(x: Tensor) -> tuple[int, ...]:
+    """Dimensions from the largest stride to the smallest, or () where that is their own order."""
+    strides = x.stride()
+    if not all(isinstance(n, int) for n in strides):
+        return ()
+    order = tuple(sorted(range(x.dim()), key=lambda d: -strides[d]))
+    return () if order == tuple(range(x.dim())) else order
+
+
+def in_memory_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """x with its dimensions in the order of :func:`memory_order`."""
+    return x.permute(order) if order else x
+
+
+def from_memory_order(flat: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Tensor:
+    """The tensor of this shape whose elements, in that order, are ``flat``."""
+    if not order:
+        return flat.reshape(shape)
+    return flat.reshape([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
