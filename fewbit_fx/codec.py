@@ -72,14 +72,6 @@ def encode(x: Tensor, bits_of: BitsOf, layout: BitPlanes) -> list[Tensor]:
     return [layout.pack(bit) for part in layout.split(x) for bit in bits_of(part)]
 
 
-def decode(planes: Sequence[Tensor], levels: tuple[float, ...], layout: BitPlanes, dtype: torch.dtype) -> list[Tensor]:
-    """The level that each code names, in blocks, for each part of the layout."""
-    bits = bits_for(levels)
-    table = [torch.full((), c, dtype=dtype, device=planes[0].device) for c in by_code(levels)]
-    parts = [planes[i : i + bits] for i in range(0, len(planes), bits)]
-    return [choose(table, [layout.unpack(plane) for plane in part]) for part in parts]
-
-
 def scale(
     gradient: Tensor,
     planes: Sequence[Tensor],
@@ -90,8 +82,9 @@ def scale(
 ) -> Tensor:
     """``gradient * level``, with the levels that the codes name.
 
-    In the gradient's own shape, where the kernels around it are at work; only what is in two parts is
-    multiplied part by part, so that no copy is made of the levels.
+    From the bits on in the gradient's own shape, that of the loops around it, for what Inductor puts into
+    a buffer in between has to be in the same loop. Only what is in two parts is multiplied part by part,
+    so that no copy is made of the levels.
 
     Args:
         gradient: Of the shape of what was encoded.
@@ -102,13 +95,18 @@ def scale(
         product: Instead of the plain one.
     """
 
-    def scaled(g: Tensor, level: Tensor) -> Tensor:
-        return product(at_least_float32(g), level).to(dtype)
+    wide = at_least_float32(gradient)
+    table = [_scalar(level, wide) for level in by_code(levels)]
 
-    decoded = decode(planes, levels, layout, torch.promote_types(gradient.dtype, torch.float32))
-    if len(decoded) == 1:
-        return scaled(gradient, layout.join(decoded, gradient))
-    return layout.join([scaled(*pair) for pair in zip(layout.split(gradient), decoded, strict=True)], gradient)
+    def scaled(g: Tensor, bits: Sequence[Tensor]) -> Tensor:
+        return product(g, choose(table, bits)).to(dtype)
+
+    bits = [layout.unpack(plane) for plane in planes]
+    count = bits_for(levels)
+    if len(bits) == count:
+        return scaled(wide, [layout.join([bit], gradient) for bit in bits])
+    parts = [scaled(g, bits[i * count : (i + 1) * count]) for i, g in enumerate(layout.split(wide))]
+    return layout.join(parts, gradient)
 
 
 def by_code(levels: tuple[float, ...]) -> tuple[float, ...]:
