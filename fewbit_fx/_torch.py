@@ -21,6 +21,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import CompileContext, tracing
 from torch._inductor.custom_graph_pass import CustomPartitionerFn  # base class Inductor asserts
 from torch._subclasses.fake_tensor import FakeTensor
+
+# Generates code once, when it is called, not at each change.
+from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx, py_sym_types
 from torch.fx.experimental.symbolic_shapes import statically_known_true  # reads, never adds a guard
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
@@ -34,6 +37,7 @@ __all__ = [
     "inductor_options",
     "hint",
     "is_symbol",
+    "make_graph_module",
     "mode_of",
     "nbytes",
     "neutral_hooks",

@@ -72,9 +72,13 @@ class BitPlanes:
         """Whole blocks, shape (kept dimensions, blocks, 32, lanes), of a tensor in memory order."""
         return x.reshape(*x.shape[: self.kept], -1, WORD_BITS, self.lanes)
 
-    def pack(self, bits: Tensor) -> Tensor:
-        """Blocks of bits, boolean or the signs of int32 -> int32 words, shape (kept dimensions, blocks, 1, lanes)."""
-        weights = _weights(bits.device)
+    def pack(self, bits: Tensor, weights: Tensor) -> Tensor:
+        """Blocks of bits, boolean or the signs of int32 -> int32 words, shape (kept dimensions, blocks, 1, lanes).
+
+        Args:
+            bits: Of one plane.
+            weights: Of :func:`bit_weights`.
+        """
         if bits.dtype == torch.bool:
             weighted = torch.where(bits, weights, torch.zeros_like(weights))
         else:
@@ -82,9 +86,9 @@ class BitPlanes:
         # The size-1 dimension spares unpack a view of the words, which a partitioner could save instead.
         return weighted.sum(-2, keepdim=True, dtype=torch.int32)
 
-    def unpack(self, words: Tensor) -> Tensor:
-        """Words of :meth:`pack` -> the boolean blocks."""
-        return (words & _weights(words.device)) != 0
+    def unpack(self, words: Tensor, weights: Tensor) -> Tensor:
+        """Words of :meth:`pack`, and the same weights -> the boolean blocks."""
+        return (words & weights) != 0
 
     def nbytes(self, x: Tensor) -> int:
         """Bytes of one plane of a tensor, by hint where its size is symbolic."""
@@ -101,7 +105,7 @@ class BitPlanes:
         return self.lanes > 1 and not self._fills(x) and not statically_known_true(x.numel() < self._block)
 
 
-def _weights(device: torch.device) -> Tensor:
+def bit_weights(device: torch.device) -> Tensor:
     """2^i for the 32 bits of a word, shape (32, 1)."""
     one = torch.ones((), dtype=torch.int32, device=device)
     return (one << torch.arange(WORD_BITS, dtype=torch.int32, device=device)).unsqueeze(-1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fewbit_fx.bitplanes import BitPlanes
+from fewbit_fx.bitplanes import BitPlanes, bit_weights
 from fewbit_fx.levels import bits_for, boundaries_between, gray_code
 from fewbit_fx.thresholds import Thresholds
 
@@ -69,7 +69,8 @@ def encode(x: Tensor, bits_of: BitsOf, layout: BitPlanes) -> list[Tensor]:
         bits_of: Takes blocks of x, returns boolean blocks.
         layout: Of x.
     """
-    return [layout.pack(bit) for part in layout.split(x) for bit in bits_of(part)]
+    weights = bit_weights(x.device)
+    return [layout.pack(bit, weights) for part in layout.split(x) for bit in bits_of(part)]
 
 
 def scale(
@@ -101,7 +102,8 @@ def scale(
     def scaled(g: Tensor, bits: Sequence[Tensor]) -> Tensor:
         return product(g, choose(table, bits)).to(dtype)
 
-    bits = [layout.unpack(plane) for plane in planes]
+    weights = bit_weights(gradient.device)
+    bits = [layout.unpack(plane, weights) for plane in planes]
     count = bits_for(levels)
     if len(bits) == count:
         return scaled(wide, [layout.join([bit], gradient) for bit in bits])

@@ -25,6 +25,7 @@ from fewbit_fx._torch import mode_of, runs_compiled
 from fewbit_fx.bitplanes import (
     WORD_BITS,
     BitPlanes,
+    bit_weights,
     from_memory_order,
     in_memory_order,
     lanes_for,
@@ -181,7 +182,8 @@ def _encoder(derivative: Pointwise, coding: Coding) -> Kernel:
     def encoder(x: Tensor) -> Tensor:
         layout = BitPlanes(lanes_for(x.device, x.dtype)[0])
         bits = coding.bits(layout.blocks(x), lambda blocks: derivative(at_least_float32(blocks)))
-        return torch.stack([layout.pack(bit).view(-1) for bit in bits])
+        weights = bit_weights(x.device)
+        return torch.stack([layout.pack(bit, weights).view(-1) for bit in bits])
 
     return Kernel(encoder)
 
@@ -192,7 +194,8 @@ def _decoder(bits: int, _gradient: torch.dtype, dtype: torch.dtype, _device: str
         layout = BitPlanes(lanes_for(gradient.device, dtype)[0])
         wide = at_least_float32(layout.blocks(gradient))
         planes = words.view(bits, -1, 1, layout.lanes).unbind()
-        codes = [layout.unpack(plane) for plane in planes]
+        weights = bit_weights(gradient.device)
+        codes = [layout.unpack(plane, weights) for plane in planes]
         return multiply(wide, choose(levels.to(wide.dtype).unbind(), codes)).to(dtype).view(-1)
 
     return Kernel(decoder)

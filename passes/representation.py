@@ -12,7 +12,7 @@ from fewbit_fx.passes.graph import value_of
 from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
 from torch import Tensor
 
-from fewbit_fx.bitplanes import BitPlanes, plane_layout
+from fewbit_fx.bitplanes import BitPlanes, bit_weights, plane_layout
 from fewbit_fx.codec import encode, scale
 from fewbit_fx.coding import Coding
 from fewbit_fx.levels import Codebook
@@ -87,7 +87,8 @@ class PackedMask:
     def decode(self, site: MaskSite, planes: list[Tensor]) -> Tensor:
         """The mask."""
         layout = self.layout(site)
-        return layout.join([layout.unpack(plane) for plane in planes], value_of(site.mask))
+        weights = bit_weights(planes[0].device)
+        return layout.join([layout.unpack(plane, weights) for plane in planes], value_of(site.mask))
 
     def nbytes(self, site: MaskSite) -> int:
         """Bytes of the plane, by hint where the size is symbolic."""

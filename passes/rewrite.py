@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from fewbit_fx.passes.graph import after, by_name, output_values, placeholders, splice
+from fewbit_fx.passes.graph import after, by_name, description, output_values, placeholders, splice, trace, value_of
 from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.representation import Coded, Exact, PackedMask, Representation
 from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
@@ -50,13 +50,19 @@ class _Rewriter:
         self._behind_planes = next(n for n in inputs if n not in self._backward_symbols)
         self._planes: list[fx.Node] = []
         self._shared: dict[object, list[fx.Node]] = {}
+        self._traces: dict[object, fx.Graph] = {}
 
     def code(self, site: DerivativeSite, coded: Coded) -> None:
         """Save the code of f'(x), and let the exit gradient be computed from it."""
         key = (site.source, site.derivative, coded)
         if key not in self._shared:
             x = self._in_forward(site.source)
-            self._shared[key] = self._save(x, lambda value, *_: coded.encode(site, value), coded.planes(site))
+            trace_key = "encode", site.derivative, coded
+
+            def encode(value: Tensor, *_: Tensor) -> list[Tensor]:
+                return coded.encode(site, value)
+
+            self._shared[key] = self._save(x, trace_key, encode, coded.planes(site))
         planes = self._shared[key]
         exit_node = self._backward[site.exit.name]
 
@@ -64,21 +70,24 @@ class _Rewriter:
             return [coded.gradient(site, g, list(rest[: len(planes)]))]
 
         inputs = [self._backward[site.entry.name], *planes, *self._backward_symbols]
-        (replacement,) = splice(gradient, inputs, exit_node, exit_node)
+        trace_key = "gradient", coded, coded.layout(site), value_of(site.exit).dtype
+        (replacement,) = splice(self._traced(trace_key, gradient, inputs), inputs, exit_node, exit_node)
         exit_node.replace_all_uses_with(replacement)
         self._backward[site.exit.name] = replacement  # the next site may begin where this one ends
 
     def pack(self, site: MaskSite, packed: PackedMask) -> None:
         """Save the mask as a bit plane, and unpack it for whatever reads it in the backward."""
         value = self._in_forward(site.mask)
-        planes = self._save(value, lambda value, *_: packed.encode(site, value), packed.planes(site))
+        planes = self._save(value, "pack", lambda value, *_: packed.encode(site, value), packed.planes(site))
         mask = self._backward[site.mask.name]
         readers = list(mask.users)
 
         def unpack(*values: Tensor) -> list[Tensor]:
             return [packed.decode(site, list(values[: len(planes)]))]
 
-        (unpacked,) = splice(unpack, [*planes, *self._backward_symbols], min(readers), readers[0])
+        inputs = [*planes, *self._backward_symbols]
+        trace_key = "unpack", packed.layout(site), description(site.mask)
+        (unpacked,) = splice(self._traced(trace_key, unpack, inputs), inputs, min(readers), readers[0])
         mask.replace_all_uses_with(unpacked)
 
     def finish(self) -> Partition:
@@ -96,12 +105,20 @@ class _Rewriter:
             graph_module.recompile()
         return self._partition
 
-    def _save(self, value: fx.Node, encode: Callable[..., list[Tensor]], count: int) -> list[fx.Node]:
+    def _traced(self, key: object, function: Callable[..., list[Tensor]], inputs: list[fx.Node]) -> fx.Graph:
+        """The trace of a function; one for all sites of a kind, as the layers of a model are."""
+        full_key = key, tuple(map(description, inputs))
+        if full_key not in self._traces:
+            self._traces[full_key] = trace(function, inputs)
+        return self._traces[full_key]
+
+    def _save(self, value: fx.Node, key: object, encode: Callable[..., list[Tensor]], count: int) -> list[fx.Node]:
         """Encode a value of the forward; returns the planes' placeholders in the backward."""
         first = len(self._planes)
         names = [f"{PREFIX}_{i}" for i in range(first, first + count)]
         before = after(max([value, *self._symbols]))
-        planes = splice(encode, [value, *self._symbols], before, value, names)
+        inputs = [value, *self._symbols]
+        planes = splice(self._traced(key, encode, inputs), inputs, before, value, names)
         self._planes += planes
         loaded = []
         graph = self._partition.backward.graph

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewbit_fx.bitplanes import BitPlanes, plane_layout
+from fewbit_fx.bitplanes import BitPlanes, bit_weights, plane_layout
 from fewbit_fx.codec import bits_by_threshold, bits_by_value, by_code, encode, scale
 from fewbit_fx.coding import fit_coding
 from fewbit_fx.functions import ACTIVATIONS, derivative_of
@@ -50,7 +50,7 @@ def test_pack_then_unpack_gives_the_same_bits(shape: list[int], lanes: int, seed
     bits = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     layout = BitPlanes(lanes)
     planes = encode(bits, lambda blocks: [blocks], layout)
-    assert torch.equal(layout.join([layout.unpack(plane) for plane in planes], bits), bits)
+    assert torch.equal(layout.join([layout.unpack(plane, bit_weights(bits.device)) for plane in planes], bits), bits)
     assert {p.dtype for p in planes} == {torch.int32}
     assert sum(p.nbytes for p in planes) == layout.nbytes(bits) <= -(-bits.numel() // 8) + 4 * lanes
     assert len(planes) == layout.parts(bits)
