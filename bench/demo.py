@@ -9,8 +9,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +24,7 @@ from rich.table import Table
 import fewbit_fx
 from bench.corpus import Corpus
 from bench.gpt import GPT, GPTConfig
-from bench.measure import conditions, held_bytes, relative_error
+from bench.measure import conditions, held_bytes, in_fresh_process, relative_error, warm_up_the_compiler
 from bench.plot import save_plot
 from bench.training import Batch, Runner, autocast
 
@@ -134,7 +132,7 @@ class Demo:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # compile times are those of a first run
             try:
                 self._explain()
-                _warm_up_the_compiler(self.settings.torch_device)
+                warm_up_the_compiler(self.settings.torch_device)
                 self._train()
                 self._measure_memory()
             except KeyboardInterrupt:
@@ -239,12 +237,6 @@ class Demo:
         }
 
 
-def _warm_up_the_compiler(device: torch.device) -> None:
-    """What a process's first compilation pays once is not charged to the backend that goes first."""
-    x = torch.ones(8, device=device, requires_grad=True)
-    torch.compile(lambda t: t.sin().sum(), backend="inductor")(x).backward()
-
-
 def _progress(console: Console) -> Progress:
     columns = (
         TextColumn("{task.description:>9}"),
@@ -279,13 +271,9 @@ def _memory_in_this_process(settings: Settings, name: str) -> dict[str, int | No
 
 
 def _memory_in_fresh_process(settings: Settings, name: str) -> dict[str, int | None]:
-    command = [sys.executable, "-m", "bench.demo", "--measure-memory", name]
-    for flag, value in asdict(settings).items():
-        if flag != "lora":
-            command += [f"--{flag}", str(value)]
-    command += ["--lora"] if settings.lora else []
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+    flags = [f"--{flag}={value}" for flag, value in asdict(settings).items() if flag != "lora"]
+    flags += ["--lora"] * settings.lora + [f"--measure-memory={name}"]
+    return in_fresh_process("bench.demo", flags)  # type: ignore[no-any-return]
 
 
 def _mib(value: float) -> str:

@@ -114,8 +114,11 @@ def bit_weights(device: torch.device) -> Tensor:
 def plane_layout(x: Tensor) -> BitPlanes:
     """The layout for planes of a tensor of this device, shape and strides."""
     order = memory_order(x)
-    sizes = [x.shape[d] for d in order] if order else list(x.shape)
-    kept = max((i + 1 for i, n in enumerate(sizes) if not isinstance(n, int)), default=0)
+    sizes: list[int | torch.SymInt] = [x.shape[d] for d in order] if order else list(x.shape)
+    kept = 0
+    for i, size in enumerate(sizes):  # a plain loop, which Dynamo traces
+        if not isinstance(size, int):
+            kept = i + 1
     inner = math.prod(sizes[kept:])
     suitable = lanes_for(x.device, x.dtype)
     filling = [n for n in suitable if inner % (WORD_BITS * n) == 0]

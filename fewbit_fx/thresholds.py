@@ -130,7 +130,7 @@ def _threshold(derivative: Function, codebook: Codebook, before: float, after: f
     if _are_about_zero(low, high).all():
         return 0.0 if low.item() == 0 else _float32_before(0.0)
     if np.float32(low) == low:
-        return low.item()
+        return float(low.item())
     return _float32_before(high.item()) if np.float32(high) == high else None
 
 

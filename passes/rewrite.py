@@ -57,12 +57,11 @@ class _Rewriter:
         key = (site.source, site.derivative, coded)
         if key not in self._shared:
             x = self._in_forward(site.source)
-            trace_key = "encode", site.derivative, coded
 
             def encode(value: Tensor, *_: Tensor) -> list[Tensor]:
                 return coded.encode(site, value)
 
-            self._shared[key] = self._save(x, trace_key, encode, coded.planes(site))
+            self._shared[key] = self._save(x, ("encode", site.derivative, coded), encode, coded.planes(site))
         planes = self._shared[key]
         exit_node = self._backward[site.exit.name]
 

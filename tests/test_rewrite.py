@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fewbit_fx.passes import rewrite as rewriting
 from fewbit_fx.passes.gain import NEEDED, NOT_SAVED
+from fewbit_fx.passes.graph import trace
 from fewbit_fx.passes.plan import PRODUCT
 from helpers import STRICT, TransformerBlock, check_interface, lora, mlp, model_zoo, saved_dtypes, targets, watch
 from torch import Tensor, nn
@@ -56,6 +58,20 @@ def test_layers_share_a_codebook_and_stay_separate_sites() -> None:
     seen = watch(nn.Sequential(model, nn.Linear(32, 1)), torch.randn(128, 32))
     assert [s.module for s in seen.happened("gelu")] == ["0.2.1", "0.1.1", "0.0.1"]
     assert len({s.relative_error for s in seen.happened("gelu")}) == 1
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_what_layers_share_is_traced_once(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the time of the passes does not grow with all the places; each has tensors of its own, though."""
+    traced = []
+    monkeypatch.setattr(rewriting, "trace", lambda *args: traced.append(args) or trace(*args))
+    layer = lambda: nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Dropout(0.1))  # noqa: E731
+    model = nn.Sequential(*(layer() for _ in range(layers)), nn.Linear(32, 1))
+    seen = watch(model.requires_grad_(False), torch.randn(128, 32, requires_grad=True))
+    assert len(seen.coded) == 2 * layers
+    assert len(traced) == 4, "encode, decode, pack, unpack"
+    assert seen.record.fewbit_bytes == layers * 128 * 32 * (3 + 1) // 8
+    check_interface(seen.chosen)
 
 
 def test_a_saved_view_counts_with_all_of_its_storage() -> None:

@@ -1,6 +1,6 @@
 """The Triton kernels that a GPU would get for a partitioned model, generated and compiled without a GPU.
 
-The tests' one module of torch's private code generation; checked on torch 2.13 and 2.15.
+The one module outside fewbit_fx that uses torch's private code generation; checked on torch 2.13 and 2.15.
 
 A model is traced and partitioned on fake CPU tensors with the layout of a GPU, its two graphs are moved to
 fake CUDA tensors, and Inductor's code generation runs while torch is told of one H100. Nothing is launched.
@@ -68,6 +68,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Generated:
+    """The kernels of both graphs, and what fewbit did."""
+
     forward: list[Kernel]
     backward: list[Kernel]
     record: GraphRecord

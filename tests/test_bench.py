@@ -1,0 +1,268 @@
+"""The benchmark commands: what they compare and count; never how long anything takes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewbit_fx
+from bench import block, compile_time, operator, step
+from bench.compile_time import Compilation
+from bench.measure import in_fresh_process, what_happened
+from bench.timing import MIN_ROUNDS, compare
+
+MAINS = {"operator": operator.main, "block": block.main, "step": step.main, "compile_time": compile_time.main}
+
+
+class FakeClock:
+    """Each candidate's call takes its given seconds, times a factor that changes from turn to turn."""
+
+    def __init__(self, seconds: dict[str, float], drift: float = 1.0) -> None:
+        self.seconds = seconds
+        self.drift = drift
+        self.turns: list[tuple[str, int]] = []
+
+    def __call__(self, function: Callable[[], object], calls: int) -> float:
+        name = str(function())
+        self.turns.append((name, calls))
+        return calls * self.seconds[name] * self.drift ** len(self.turns)
+
+
+def candidates(names: str) -> dict[str, Callable[[], object]]:
+    return {name: lambda name=name: name for name in names}
+
+
+def test_candidates_take_turns_in_rotating_order() -> None:
+    clock = FakeClock({"a": 1.0, "b": 1.0, "c": 1.0})
+    compare(candidates("abc"), clock=clock, seconds=1.0)
+    rounds = [name for name, _ in clock.turns[3:]]  # three turns to find the number of calls
+    assert "".join(rounds) == "abcbcacababcbca"
+
+
+def test_a_turn_has_the_calls_that_it_needs() -> None:
+    timings = compare(candidates("ab"), clock=FakeClock({"a": 0.001, "b": 5.0}), seconds=1.0, turn=0.02)
+    assert {name: timing.calls for name, timing in timings.items()} == {"a": 32, "b": 1}
+
+
+def test_medians_quartiles_and_ratio_are_per_call() -> None:
+    timings = compare(candidates("ab"), clock=FakeClock({"a": 0.25, "b": 0.5}), seconds=6.0)
+    assert timings["b"].median_s == timings["b"].lower_s == timings["b"].upper_s == 0.5
+    assert timings["b"].ratio == 2.0
+    assert timings["a"].ratio == 1.0
+    assert timings["a"].rounds == 8, "as many as take the seconds asked for"
+    assert timings["a"].spread == 0.0
+
+
+def test_a_slow_candidate_has_the_least_number_of_rounds() -> None:
+    assert compare(candidates("a"), clock=FakeClock({"a": 9.0}), seconds=1.0)["a"].rounds == MIN_ROUNDS
+
+
+def test_the_ratio_survives_a_machine_that_slows_down() -> None:
+    """Turns of one round are neighbours: a drift of 1 % a turn moves the medians, not the ratio."""
+    timings = compare(candidates("ab"), clock=FakeClock({"a": 1.0, "b": 1.5}, drift=1.01), seconds=500.0)
+    assert timings["b"].ratio == pytest.approx(1.5, rel=0.011)
+    assert timings["b"].spread > 0.1
+
+
+def test_progress_goes_from_nothing_to_all() -> None:
+    shares: list[float] = []
+    compare(candidates("a"), clock=FakeClock({"a": 1.0}), seconds=8.0, advance=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert len(shares) == 8
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("operator", "--bits 9", "allowed is a whole number from 1 to 8"),
+        ("operator", "--sizes 1000", "a multiple of 1024 elements"),
+        ("operator", "--sizes 2**x", "a multiple of 1024 elements"),
+        ("operator", "--functions gelu relu", "invalid choice"),
+        ("operator", "--seconds 0", "a number of seconds above 0"),
+        ("operator", "--seconds soon", "a number of seconds above 0"),
+        ("operator", "--output no/such/folder/operator", "there is no folder 'no/such/folder'"),
+        ("operator", "--device tpu", "allowed is cpu or cuda"),
+        ("block", "--width 100", "a multiple of 64"),
+        ("block", "--batches 0", "a whole number, at least 1"),
+        ("step", "--model roberta --lora", "--lora is of the model gpt"),
+        ("step", "--model roberta --sequence 511", "at most 510 tokens"),
+        ("compile_time", "--width 66", "a multiple of the 4 heads"),
+        ("compile_time", "--repeats -1", "a whole number, at least 1"),
+    ],
+)
+def test_wrong_flags_fail_at_once(command: str, flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        MAINS[command](flags.split())
+    assert exit_.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def run(command: str, flags: str, folder: Path) -> dict[str, Any]:
+    output = folder / command
+    MAINS[command]([*flags.split(), "--output", str(output)])
+    data: dict[str, Any] = json.loads(output.with_suffix(".json").read_text())
+    assert data["command"] == f"python -m bench.{command} {flags} --output {output}".replace("2**13", "'2**13'")
+    assert data["conditions"]["torch"] == torch.__version__
+    return data
+
+
+def in_this_process(module: str, flags: Sequence[str], environment: Mapping[str, str] | None = None) -> Any:
+    """In place of bench.measure.in_fresh_process, which takes seconds to import torch and to warm up."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        MAINS[module.removeprefix("bench.")](flags)
+    return json.loads(printed.getvalue().splitlines()[-1])
+
+
+def test_a_fresh_process_hands_back_the_json_that_it_prints(tmp_path: Path) -> None:
+    file = tmp_path / "value.json"
+    file.write_text('{"peak": 1}')
+    assert in_fresh_process("json.tool", ["--compact", str(file)]) == {"peak": 1}
+    with pytest.raises(RuntimeError, match="unrecognized arguments: --peak"):
+        in_fresh_process("json.tool", ["--peak"])
+
+
+def test_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator, "keep_freed_memory", lambda: False)  # it would stay so for other tests
+    flags = "--functions gelu relu+dropout --dtypes bfloat16 --sizes 2**13 --bits 3 --seconds 0.01"
+    gelu, coded_gelu, dropout, coded_dropout = run("operator", flags, tmp_path)["rows"]
+    n = 2**13
+    assert (gelu["backend"], gelu["bits"], gelu["saved"], gelu["saved_bytes"]) == ("inductor", None, ["x"], 2 * n)
+    assert coded_gelu["saved"] == ["gelu: coded in 3 bits"]
+    assert coded_gelu["saved_bytes"] == n * 3 // 8
+    assert (dropout["saved"], dropout["saved_bytes"]) == (["masks"], 2 * n)
+    assert coded_dropout["saved"] == ["dropout: exact one-bit mask", "relu: exact one-bit mask"]
+    assert coded_dropout["saved_bytes"] == n // 4
+    moved = {
+        row["operator"] + row["backend"]: [row[phase]["moved_bytes"] / n for phase in operator.PHASES]
+        for row in (gelu, coded_gelu, dropout, coded_dropout)
+    }
+    assert moved == {
+        "geluinductor": [4, 6, 10],
+        "gelufewbit": [4.375, 4.375, 8.75],
+        "relu+dropoutinductor": [6, 6, 12],
+        "relu+dropoutfewbit": [4.25, 4.25, 8.5],
+    }
+    assert gelu["forward"]["timing"]["ratio"] == 1.0
+    assert coded_gelu["backward"]["copy_s"] > 0
+
+
+def test_tanh_saves_its_output() -> None:
+    x, gradient = (torch.randn(8, 1024) for _ in range(2))
+    tanh = operator.OPERATORS["tanh"]
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = operator.Compiled(tanh.function, "inductor", x.requires_grad_(), gradient).forward()
+    assert tanh.saves == "y"
+    assert torch.equal(saved[-1], y)
+
+
+def test_block(tmp_path: Path) -> None:
+    flags = "--blocks mlp --training frozen --dtypes bfloat16 --width 64 --context 64 --batches 2 --seconds 0.01"
+    plain, coded = run("block", flags, tmp_path)["rows"]
+    inner = 2 * 64 * 4 * 64  # elements of the GELU's input
+    assert (plain["backend"], plain["saved_bytes"], plain["sites"]) == ("inductor", 2 * inner, [])
+    assert (coded["backend"], coded["saved_bytes"]) == ("fewbit", inner * 3 // 8)
+    assert coded["sites"] == ["gelu: coded in 3 bits"]
+
+
+@pytest.mark.parametrize("training", block.TRAINING)
+def test_a_transformer_block_saves_a_code_and_two_masks(training: str) -> None:
+    tokens, width = 2 * 64, 64
+    module = block.Case("transformer", training, "bfloat16", 2, 64, width).module()
+    x = torch.randn(2, 64, width, dtype=torch.bfloat16, requires_grad=True)
+    report = fewbit_fx.explain(module, x)
+    inner, masks = tokens * 4 * width, 2 * tokens * width
+    assert {"gelu: coded in 3 bits", "dropout: exact one-bit mask"} <= set(what_happened(report))
+    assert report.plain_bytes - report.fewbit_bytes == inner * 2 - inner * 3 // 8 + masks - masks // 8
+
+
+def test_training_in_full_and_frozen() -> None:
+    def trained(training: str, name: str) -> list[str]:
+        module = block.Case(name, training, "float32", 1, 1, 64).module()
+        return [path for path, parameter in module.named_parameters() if parameter.requires_grad]
+
+    assert trained("frozen", "mlp") == []
+    assert trained("frozen", "transformer") == ["norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"]
+    assert len(trained("full", "mlp")) == 4
+
+
+def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "in_fresh_process", in_this_process)
+    data = run("step", "--layers 1 --batch 1 --sequence 32 --lora --bits 2 --seconds 0.01", tmp_path)
+    results = data["results"]
+    assert data["settings"]["dtype"] == "float32"
+    assert results["timings"].keys() == results["memory"].keys() == {"inductor", "fewbit"}
+    assert "gelu: coded in 2 bits" in results["sites"]
+    saved, memory = results["saved_bytes"], results["memory"]
+    freed = saved["inductor"] - saved["fewbit"]
+    assert memory["inductor"]["held_bytes"] - memory["fewbit"]["held_bytes"] == pytest.approx(freed, rel=0.01)
+    assert memory["fewbit"]["peak_bytes"] is None
+
+
+def test_step_of_roberta() -> None:
+    flags = step._parser().parse_args(["--model", "roberta", "--layers", "1", "--sequence", "16"])
+    settings = step.Settings.of(flags)
+    assert (settings.batch, settings.dtype) == (2, "float32")
+    report = fewbit_fx.explain(settings.initial_model(), *settings.batches()[0])
+    (gelu,) = (site for site in report.sites if site.function == "gelu")
+    assert (gelu.shape, gelu.action) == ((2, 16, 4 * 768), "coded in 3 bits")
+    assert [s.action for s in report.sites if s.function == "dropout"].count("exact one-bit mask") >= 3
+
+
+def test_settings_survive_the_way_to_another_process() -> None:
+    settings = step.Settings("gpt", 3, 2, 128, bits=4, dtype="bfloat16", lora=True, device="cpu")
+    assert step.Settings.of(step._parser().parse_args(settings.to_flags())) == settings
+
+
+def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_time, "in_fresh_process", in_this_process)
+    data = run("compile_time", "--layers 1 --repeats 1 --batch 1 --bits 1", tmp_path)
+    (row,) = data["rows"]
+    assert data["growths"] == []
+    assert [(c["backend"], c["coded"]) for c in data["compilations"]] == [("inductor", 0), ("fewbit", 4)]
+    assert row["layers"] == 1
+    assert 0 < row["pass_s"] < row["fewbit_s"]
+    assert row["share"] == row["pass_s"] / row["inductor_s"]
+
+
+def test_compilations_alternate_and_large_models_are_compiled_once() -> None:
+    turns = [(layers, backend[0]) for layers, backend in compile_time._turns(None, [48, 2])]
+    assert turns == [(2, "i"), (2, "f"), (48, "i"), (48, "f"), (2, "f"), (2, "i"), (2, "i"), (2, "f")]
+    assert len(compile_time._turns(5, [48, 2])) == 20
+
+
+def test_growth_of_the_passes() -> None:
+    found = [
+        Compilation(backend, layers, 10.0 * layers, passes * layers**1.5, 0)
+        for layers in (48, 2, 12)
+        for backend, passes in (("inductor", 0.0), ("fewbit", 1.0), ("fewbit", 3.0), ("fewbit", 1.0))
+    ]
+    rows = compile_time.summarise(found)
+    assert [(row.layers, row.repeats) for row in rows] == [(2, 1), (12, 1), (48, 1)]
+    assert rows[1].pass_s == rows[1].pass_s_per_layer * 12 == 12**1.5
+    assert rows[1].share == pytest.approx(12**1.5 / 120)
+    growths = compile_time.growths(rows)
+    assert [(g.layers, g.more_layers) for g in growths] == [(2, 12), (12, 48), (2, 48)]
+    assert [g.exponent for g in growths] == pytest.approx([1.5, 1.5, 1.5])
+
+
+def test_ctrl_c_shows_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compile_or_stop(_: object, backend: str, layers: int) -> Compilation:
+        if layers == 12:
+            raise KeyboardInterrupt
+        return Compilation(backend, layers, 4.0, 1.0, 7)
+
+    monkeypatch.setattr(compile_time, "compile_in_fresh_process", compile_or_stop)
+    data = run("compile_time", "--layers 2 12", tmp_path)
+    assert [row["layers"] for row in data["rows"]] == [2]
+    assert "interrupted" in capsys.readouterr().out
