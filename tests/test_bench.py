@@ -266,3 +266,20 @@ def test_ctrl_c_shows_what_there_is(
     data = run("compile_time", "--layers 2 12", tmp_path)
     assert [row["layers"] for row in data["rows"]] == [2]
     assert "interrupted" in capsys.readouterr().out
+
+
+def test_kernels_of_a_gpu_are_counted_and_compiled(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton, which generates a GPU's kernels, is not installed")
+    if not hasattr(torch._inductor.config, "loop_reindexing_after_fusion"):
+        pytest.skip("Inductor of this torch cannot reindex loops to fuse them")
+    from bench import kernels
+
+    kernels.main(["--blocks", "mlp, silu", "--bits", "3", "--output", str(tmp_path / "kernels")])
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert [(row["dtype"], row["bits"]) for row in rows] == [(d, b) for d in ("float32", "bfloat16") for b in (None, 3)]
+    for plain, fewbit in zip(rows[::2], rows[1::2], strict=True):
+        for direction in ("forward", "backward"):
+            assert fewbit[direction]["kernels"] == plain[direction]["kernels"]
+            assert fewbit[direction]["spilled_bytes"] == 0
+            assert 0 < fewbit[direction]["registers"] <= 255
+        assert fewbit["forward"]["stores"] == plain["forward"]["stores"] + 3, "a store for each plane"
