@@ -41,13 +41,14 @@ def bits_by_value(values: Tensor, levels: tuple[float, ...]) -> list[Tensor]:
     return [rank[0], *(torch.bitwise_xor(rank[i], rank[i + 1]) for i in range(count - 1))]
 
 
-def bits_by_threshold(x: Tensor, thresholds: Thresholds) -> list[Tensor]:
+def bits_by_threshold(x: Tensor, thresholds: Thresholds, compiled: bool = True) -> list[Tensor]:
     """The same bits from x itself: each flips at the thresholds that are its own.
 
-    On a CPU, in float32, a bit is the sign of an int32: three quarters of the time that masks take, which
-    Inductor makes vectors and masks again at each step. In other dtypes it does not vectorise that.
+    Compiled for a CPU, in float32, a bit is the sign of an int32: three quarters of the time that masks take,
+    which Inductor makes vectors and masks again at each step. In other dtypes it does not vectorise that,
+    and vmap of torch 2.11 does not know the view.
     """
-    signs = x.device.type == "cpu" and x.dtype == torch.float32
+    signs = compiled and x.device.type == "cpu" and x.dtype == torch.float32
     wide = at_least_float32(x)
     pairs = zip(thresholds.start, thresholds.flips, strict=True)
     return [_flipping(wide, start, flips, signs) for start, flips in pairs]

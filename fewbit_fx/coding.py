@@ -27,11 +27,17 @@ class Coding:
     codebook: Codebook
     thresholds: Thresholds | None
 
-    def bits(self, x: Tensor, derivative: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """The bits of the codes of f'(x), the most significant first; x in any shape and dtype."""
+    def bits(self, x: Tensor, derivative: Callable[[Tensor], Tensor], compiled: bool = True) -> list[Tensor]:
+        """The bits of the codes of f'(x), the most significant first.
+
+        Args:
+            x: In any shape and dtype.
+            derivative: f'.
+            compiled: Inductor compiles these operations.
+        """
         if self.thresholds is None:
             return bits_by_value(at_least_float32(derivative(x)), self.codebook.levels)
-        return bits_by_threshold(x, self.thresholds)
+        return bits_by_threshold(x, self.thresholds, compiled)
 
 
 def fit_coding(derivative: Function, bits: int) -> Coding:

@@ -179,13 +179,16 @@ def _collect(dealt: Tensor, lanes: int) -> Tensor:
 
 
 def _encoder(derivative: Pointwise, coding: Coding) -> Kernel:
-    def encoder(x: Tensor) -> Tensor:
+    def words(x: Tensor, compiled: bool) -> Tensor:
         layout = BitPlanes(lanes_for(x.device, x.dtype)[0])
-        bits = coding.bits(layout.blocks(x), lambda blocks: derivative(at_least_float32(blocks)))
+        bits = coding.bits(layout.blocks(x), lambda blocks: derivative(at_least_float32(blocks)), compiled)
         weights = bit_weights(x.device)
         return torch.stack([layout.pack(bit, weights).view(-1) for bit in bits])
 
-    return Kernel(encoder)
+    def encoder(x: Tensor) -> Tensor:
+        return words(x, True)
+
+    return Kernel(encoder, lambda x: words(x, False))
 
 
 @functools.lru_cache(maxsize=256)
@@ -214,10 +217,11 @@ class Kernel:
 
     Args:
         function: A plain function of tensors.
+        uncompiled: The same in operations that are known everywhere, where ``function`` has others.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., Tensor], uncompiled: Callable[..., Tensor] | None = None) -> None:
+        self._function = uncompiled or function
         # Apart from all others, since Dynamo limits compilations per code object.
         self._compiled = torch.compile(in_a_frame_of_its_own(function), dynamic=True, fullgraph=True)
 
