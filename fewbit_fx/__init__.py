@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
+from fewbit_fx._checkout import find_passes
 from fewbit_fx._version import require_torch
 
 require_torch()
+find_passes()
 
 from fewbit_fx import density, functional, nn  # noqa: E402  (only once torch is known to be new enough)
 from fewbit_fx._torch import register_backend  # noqa: E402

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -21,6 +22,32 @@ compiled(torch.randn(128, 32)).sum().backward()
 import fewbit_fx
 print(fewbit_fx.__file__, [s.action for s in fewbit_fx.last_report().sites])
 """
+
+
+IMPORT = "import fewbit_fx, fewbit_fx.passes.partitioner as p; print(fewbit_fx.__file__, p.__file__)"
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    for name in ("fewbit_fx", "passes"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_import_in_a_clone_finds_the_clones_own_passes(clone: Path) -> None:
+    """The folder fewbit_fx comes before the installed package there, and holds no passes."""
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(clone / "fewbit_fx/__init__.py"), str(clone / "passes/partitioner.py")]
+
+
+def test_import_of_half_a_checkout_says_what_to_do(clone: Path) -> None:
+    shutil.rmtree(clone / "passes")
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    without_pth = f"import sys; sys.path += {packages}; {IMPORT}"  # the development environment would find others
+    done = subprocess.run([sys.executable, "-S", "-c", without_pth], cwd=clone, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "pip install ." in done.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
