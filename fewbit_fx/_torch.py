@@ -25,14 +25,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 # Generates code once, when it is called, not at each change.
 from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx, py_sym_types
-from torch.fx.experimental.symbolic_shapes import statically_known_true  # reads, never adds a guard
+from torch.fx.experimental.symbolic_shapes import (
+    free_symbols,
+    free_unbacked_symbols,
+    is_nested_int,
+    statically_known_true,  # reads, never adds a guard
+)
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 __all__ = [
     "CustomPartitionerFn",
+    "bare_symbol",
     "cache_folder",
     "compile_id",
     "compile_with_inductor",
+    "donate_nothing",
+    "has_size_from_data",
     "inductor_decompositions",
     "inductor_options",
     "hint",
@@ -47,6 +55,7 @@ __all__ = [
     "register_backend",
     "runs_compiled",
     "share_hooks",
+    "size_symbols",
     "statically_known_true",
     "storage_key",
     "storage_nbytes",
@@ -154,7 +163,7 @@ def storage_nbytes(node: fx.Node) -> int:
     """Bytes of the whole storage of a node's value: a view keeps all of it alive."""
     value = node.meta.get("val")
     if isinstance(value, FakeTensor):
-        return max(nbytes(node), hint(value.untyped_storage().nbytes()))
+        return hint(value.untyped_storage().nbytes())
     return nbytes(node)
 
 
@@ -163,6 +172,26 @@ def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
+
+
+def has_size_from_data(value: Tensor) -> bool:
+    """Whether a size or stride follows from data, as that of ``x[mask]`` and of jagged dimensions does.
+
+    Such a symbol has no value when compiling, and a trace of new operations on it cannot bind it.
+    """
+    jagged = any(isinstance(n, torch.SymInt) and is_nested_int(n) for n in value.shape)
+    return jagged or bool(free_unbacked_symbols(value))
+
+
+def size_symbols(value: Tensor) -> frozenset[object]:
+    """The symbols in the sizes and strides of a tensor."""
+    return frozenset(free_symbols(value))
+
+
+def bare_symbol(value: Any) -> object | None:
+    """The symbol that a symbolic number is; None for an expression, from which its symbols may not follow."""
+    expression = value.node.expr if isinstance(value, torch.SymInt) and value.node.is_symbolic() else None
+    return expression if expression is not None and expression.is_Symbol else None
 
 
 def is_symbol(node: fx.Node) -> bool:
@@ -225,8 +254,38 @@ def compile_with_inductor(
     """
     wrapper: Any = torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call,unused-ignore]
     wrapper.config["custom_partitioner_fn"] = partitioner
-    compiled: Callable[..., Any] = wrapper(gm, list(example_inputs))
+    with _donation_by_choice():
+        compiled: Callable[..., Any] = wrapper(gm, list(example_inputs))
     return compiled
+
+
+_NOTHING_DONATED = "fewbit_donates_nothing"
+
+
+def donate_nothing(forward: fx.GraphModule) -> None:
+    """Let the backward of this forward overwrite no saved tensor, so that it may run with retain_graph=True."""
+    forward.meta[_NOTHING_DONATED] = True
+
+
+@contextlib.contextmanager
+def _donation_by_choice() -> Iterator[None]:
+    """Let :func:`donate_nothing` be heard while a graph is compiled.
+
+    AOTAutograd donates saved tensors by a rule of its own, which no partitioner has a say in. To switch its setting
+    off for one graph does not do: the backward then has None for a list, which its check takes for a donation.
+    """
+    from torch._functorch._aot_autograd import graph_compile
+
+    rule = graph_compile.collect_bw_donated_buffer_idxs
+
+    def collect(forward: fx.GraphModule, backward: fx.GraphModule, metadata: Any) -> list[int]:
+        return [] if forward.meta.get(_NOTHING_DONATED) else rule(forward, backward, metadata)
+
+    graph_compile.collect_bw_donated_buffer_idxs = collect
+    try:
+        yield
+    finally:
+        graph_compile.collect_bw_donated_buffer_idxs = rule
 
 
 def partition_only(

@@ -2,7 +2,9 @@
 
 A code buys memory only where it is saved and what it stands for is not. Where x, or anything else
 that f'(x) follows from, is in the backward anyway, the exact derivative costs no memory and is kept.
-So fewbit never saves more than torch.compile does, and never approximates for nothing.
+So it is where the graph returns that to its caller: the model's output, or what another graph reads behind
+a graph break, may live until the backward. So fewbit never saves more than torch.compile does, and never
+approximates for nothing.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
 from torch import fx
 
-from fewbit_fx._torch import storage_nbytes
+from fewbit_fx._torch import storage_key, storage_nbytes
 
 NOT_SAVED = "torch.compile saves nothing for it"
 NEEDED = "the backward needs its exact value for something else too, so a code would save nothing"
+RETURNED = "the graph returns what it follows from to its caller, where it may live on"
 NOT_SMALLER = "a code would be no smaller than what torch.compile saves for it"
 
 
@@ -29,9 +32,11 @@ class Gain:
         graph = partition.backward.graph
         self._nodes = by_name(graph)
         self._outputs = [n for n in output_values(graph) if isinstance(n, fx.Node)]
-        storages = partition.saved_storages().values()
-        self._bytes = [max(map(storage_nbytes, nodes)) for nodes in storages]
-        self._storage_of = {n.name: i for i, nodes in enumerate(storages) for n in nodes}
+        storages = partition.saved_storages()
+        self._results = partition.returned_storages()
+        self._bytes = [max(map(storage_nbytes, nodes)) for nodes in storages.values()]
+        self._storage_of = {n.name: i for i, nodes in enumerate(storages.values()) for n in nodes}
+        self._returned = {i for i, key in enumerate(storages) if key in self._results}
 
     def idle(self, cost: Mapping[Site, int]) -> dict[Site, str]:
         """The sites whose codes would buy nothing, each with the reason.
@@ -40,7 +45,8 @@ class Gain:
             cost: Candidates, with the bytes that their codes take.
         """
         leaves = {site: self._leaves(site) for site in cost if self._is_read(site)}
-        verdicts = {site: NOT_SAVED for site in cost if not leaves.get(site)}
+        verdicts = {site: RETURNED for site in cost if self._follows_from_a_result(site)}
+        verdicts |= {site: NOT_SAVED for site in cost if not leaves.get(site)}
         while True:
             coded = [site for site in cost if site not in verdicts]
             found = dict(self._verdicts(coded, leaves, cost))
@@ -55,13 +61,13 @@ class Gain:
         reached = self._reached(coded)
         masks = {site.mask.name for site in coded if isinstance(site, MaskSite)}
         kept = {self._storage_of[name] for name in reached - masks if name in self._storage_of}
-        freed = {site: leaves[site] - kept for site in coded}
+        freed = {site: leaves[site] - kept - self._returned for site in coded}
         sharers = Counter(storage for storages in freed.values() for storage in storages)
         for site in coded:
             if isinstance(site, MaskSite) and site.mask.name not in reached:
                 yield site, NOT_SAVED
             elif not freed[site]:
-                yield site, NEEDED
+                yield site, RETURNED if leaves[site] - kept else NEEDED
             elif sum(self._bytes[i] / sharers[i] for i in freed[site]) <= cost[site]:
                 yield site, NOT_SMALLER
 
@@ -69,6 +75,11 @@ class Gain:
         """Whether the backward has all the nodes that a rewrite of the site touches."""
         ends = (site.entry, site.exit) if isinstance(site, DerivativeSite) else ()
         return all(n.name in self._nodes for n in (*ends, *_exact_inputs(site)))
+
+    def _follows_from_a_result(self, site: Site) -> bool:
+        """Whether something that lives on determines the factors, whatever the cut saves beside it."""
+        nodes = site.sources if isinstance(site, DerivativeSite) else (site.mask,)
+        return any(storage_key(n) in self._results for n in nodes)
 
     def _reached(self, coded: Iterable[Site]) -> set[str]:
         """Names of what the backward reads where these sites are coded, their masks included."""

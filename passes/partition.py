@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fewbit_fx.passes.graph import copy_module, output_values, placeholders, value_of
 from torch import Tensor, fx
 
-from fewbit_fx._torch import is_symbol, storage_key, storage_nbytes
+from fewbit_fx._torch import bare_symbol, is_symbol, storage_key, storage_nbytes
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,20 @@ class Partition:
         values = output_values(self.forward.graph)[self.num_fwd_outputs :]
         return [n for n in values if isinstance(n, fx.Node) and isinstance(value_of(n), Tensor)]
 
+    def returned_storages(self) -> set[object]:
+        """The storages of what the forward returns to its caller: views and aliases of them live as long."""
+        values = output_values(self.forward.graph)[: self.num_fwd_outputs]
+        return {storage_key(n) for n in values if isinstance(n, fx.Node) and isinstance(value_of(n), Tensor)}
+
+    def is_donated_in_part(self) -> bool:
+        """Whether the backward may overwrite a saved tensor, so that it runs once: torch's own rule.
+
+        It may where the tensor shares its storage with no input and no output of either graph.
+        """
+        results = [n for n in output_values(self.backward.graph) if isinstance(n, fx.Node)]
+        shared = {storage_key(n) for n in (*placeholders(self.forward.graph), *results)} | self.returned_storages()
+        return any(storage_key(n) not in shared for n in self.saved())
+
     def saved_storages(self) -> dict[object, list[fx.Node]]:
         """The saved tensors by storage, without those of parameters and buffers."""
         inputs = placeholders(self.forward.graph)
@@ -57,6 +71,11 @@ class Partition:
     def saved_bytes(self) -> int:
         """Bytes saved for the backward: each storage once and whole, without parameters and buffers."""
         return sum(max(map(storage_nbytes, nodes)) for nodes in self.saved_storages().values())
+
+    def symbols_in_backward(self) -> frozenset[object]:
+        """The symbols of sizes that are inputs of the backward, each by itself."""
+        _, nodes = self.symbols()
+        return frozenset(symbol for n in nodes if (symbol := bare_symbol(value_of(n))) is not None)
 
     def symbols(self) -> tuple[list[fx.Node], list[fx.Node]]:
         """Placeholders that are sizes, of the forward and of the backward."""

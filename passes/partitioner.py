@@ -18,13 +18,13 @@ from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.plan import choose
 from fewbit_fx.passes.record import GraphRecord, site_record, unreadable_record
 from fewbit_fx.passes.representation import Exact, Representation, code_bytes
-from fewbit_fx.passes.rewrite import rewrite
+from fewbit_fx.passes.rewrite import SiteError, rewrite
 from fewbit_fx.passes.sites import Site, find_sites
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
 from fewbit_fx import codec
-from fewbit_fx._torch import CustomPartitionerFn, compile_id
+from fewbit_fx._torch import CustomPartitionerFn, compile_id, donate_nothing
 from fewbit_fx.config import FewBitConfig
 
 logger = logging.getLogger("fewbit_fx")
@@ -60,9 +60,11 @@ class FewBitPartitioner(CustomPartitionerFn):
         except Exception as fault:  # whatever it is: the user's training goes on, exactly, and is told so
             if self._config.strict:
                 raise
-            _warn_of(fault)
+            _warn_of("a graph", fault)
             size = plain.saved_bytes()
             chosen, record = plain, GraphRecord(compile_id(), size, size, (), f"left exact after a fault: {fault!r}")
+        if chosen.is_donated_in_part() and not plain.is_donated_in_part():
+            donate_nothing(chosen.forward)  # or a backward with retain_graph=True would raise that works with inductor
         self._record(replace(record, pass_seconds=time.perf_counter() - started))
         return chosen.forward, chosen.backward
 
@@ -77,15 +79,34 @@ class FewBitPartitioner(CustomPartitionerFn):
     def _compress(self, joint: fx.Graph, plain: Partition) -> tuple[Partition, GraphRecord]:
         """``joint`` is as the cut left it: without duplicates, with the names that the cut's graphs have."""
         sites, unreadable = find_sites(joint, plain.computed_in_backward())
-        plan = _without_idle_codes({site: choose(site, self._config) for site in sites}, plain)
-        chosen = plain
-        if any(not isinstance(r, Exact) for r in plan.values()):
-            chosen = rewrite(plain, plan)
-            if chosen.saved_bytes() >= plain.saved_bytes():
-                chosen = plain
-                plan = {s: r if isinstance(r, Exact) else Exact(NOT_SMALLER) for s, r in plan.items()}
+        symbols = plain.symbols_in_backward()
+        plan = _without_idle_codes({site: choose(site, self._config, symbols) for site in sites}, plain)
+        chosen, plan = self._rewritten(plain, plan)
+        if chosen is not plain and chosen.saved_bytes() >= plain.saved_bytes():
+            chosen = plain
+            plan = {s: r if isinstance(r, Exact) else Exact(NOT_SMALLER) for s, r in plan.items()}
         records = [site_record(s, r) for s, r in plan.items()] + [unreadable_record(u) for u in unreadable]
         return chosen, GraphRecord(compile_id(), plain.saved_bytes(), chosen.saved_bytes(), tuple(records))
+
+    def _rewritten(
+        self, plain: Partition, plan: dict[Site, Representation]
+    ) -> tuple[Partition, dict[Site, Representation]]:
+        """The partition with the plan's codes, and the plan without the sites at which that failed."""
+        faults: list[BaseException] = []
+        chosen = plain
+        while any(not isinstance(r, Exact) for r in plan.values()):
+            try:
+                chosen = rewrite(plain, plan)
+                break
+            except SiteError as error:
+                fault = error.__cause__ or error
+                if self._config.strict:
+                    raise fault from None
+                faults.append(fault)
+                plan = _without_idle_codes({**plan, error.site: Exact(f"of a fault there: {fault!r}")}, plain)
+        if faults:
+            _warn_of(f"{len(faults)} sites of a graph" if len(faults) > 1 else "one site of a graph", faults[0])
+        return chosen, plan
 
 
 def _without_idle_codes(plan: dict[Site, Representation], partition: Partition) -> dict[Site, Representation]:
@@ -94,10 +115,10 @@ def _without_idle_codes(plan: dict[Site, Representation], partition: Partition) 
     return {s: Exact(idle[s]) if s in idle else r for s, r in plan.items()}
 
 
-def _warn_of(fault: Exception) -> None:
+def _warn_of(what: str, fault: BaseException) -> None:
     logger.debug("fault in the fewbit passes", exc_info=fault)
     warnings.warn(
-        f"fewbit-fx left a graph exact after a fault of its own ({fault!r}). Training goes on, without the "
+        f"fewbit-fx left {what} exact after a fault of its own ({fault!r}). Training goes on, without the "
         f"saving. Please report it; the option strict=True raises it instead.",
         stacklevel=3,
     )

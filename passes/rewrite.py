@@ -22,19 +22,26 @@ from torch import Tensor, fx
 PREFIX = "fewbit_plane"
 
 
+class SiteError(Exception):
+    """A site could not be rewritten; its cause says why."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.site = site
+
+
 def rewrite(partition: Partition, plan: Mapping[Site, Representation]) -> Partition:
-    """A rewritten copy of the partition. Sites with one x, derivative and codebook share their planes."""
+    """A rewritten copy of the partition. Sites with one x, derivative and codebook share their planes.
+
+    Raises:
+        SiteError: A site cannot be rewritten. The partition is as it was, and may be rewritten without the site.
+    """
     rewriter = _Rewriter(partition.copy())
     for site, representation in plan.items():
-        match site, representation:
-            case DerivativeSite(), Coded():
-                rewriter.code(site, representation)
-            case MaskSite(), PackedMask():
-                rewriter.pack(site, representation)
-            case _, Exact():
-                pass
-            case _:
-                raise AssertionError(f"{representation} does not represent a {type(site).__name__}")
+        try:
+            rewriter.rewrite(site, representation)
+        except Exception as fault:  # of ours, or of a user's operator in the trace
+            raise SiteError(site) from fault
     return rewriter.finish()
 
 
@@ -51,6 +58,18 @@ class _Rewriter:
         self._planes: list[fx.Node] = []
         self._shared: dict[object, list[fx.Node]] = {}
         self._traces: dict[object, fx.Graph] = {}
+
+    def rewrite(self, site: Site, representation: Representation) -> None:
+        """Rewrite one site."""
+        match site, representation:
+            case DerivativeSite(), Coded():
+                self.code(site, representation)
+            case MaskSite(), PackedMask():
+                self.pack(site, representation)
+            case _, Exact():
+                pass
+            case _:
+                raise AssertionError(f"{representation} does not represent a {type(site).__name__}")
 
     def code(self, site: DerivativeSite, coded: Coded) -> None:
         """Save the code of f'(x), and let the exit gradient be computed from it."""
