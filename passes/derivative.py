@@ -18,7 +18,7 @@ _X, _GRADIENT = 0, 1  # where the program finds its inputs
 
 
 class NotEvaluableError(Exception):
-    """The region depends on something else than numbers and one tensor."""
+    """A derivative that cannot be read off its region or evaluated; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,17 @@ class Derivative:
             values.append(step.target(*args, **kwargs))
         result: Tensor = values[-1]
         return result.expand(x.shape)
+
+    def evaluated(self, x: Array) -> Array:
+        """The same as :meth:`ideal`.
+
+        Raises:
+            NotEvaluableError: An operation raised whatever it may raise; one of a user's may assert, say, a dtype.
+        """
+        try:
+            return self.ideal(x)
+        except Exception as fault:
+            raise NotEvaluableError(f"its derivative cannot be evaluated: {fault or type(fault).__name__}") from fault
 
     def ideal(self, x: Array) -> Array:
         """f'(x) in float64 throughout: what the graph means, free of its dtypes' rounding."""

@@ -15,6 +15,29 @@ from fewbit_fx._torch import inductor_decompositions, make_graph_module, statica
 aten, prims = torch.ops.aten, torch.ops.prims
 
 COPIES = frozenset({aten.clone.default, aten.alias.default})
+# Operations that place elements elsewhere, once or often, and compute nothing.
+MOVEMENTS = COPIES | {
+    aten.expand.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.as_strided.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.cat.default,
+    aten.slice_scatter.default,
+    aten.select_scatter.default,
+    aten.constant_pad_nd.default,
+    aten.index_put.default,
+    aten.repeat.default,
+}
 _FILL_ARGUMENT = {aten.full.default: 1, aten.full_like.default: 1, aten.scalar_tensor.default: 0}
 _PROVENANCE = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "autograd_backward")
 

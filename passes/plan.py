@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Set
 
-from fewbit_fx.passes.derivative import Derivative
+import numpy as np
+from fewbit_fx.passes.derivative import Derivative, NotEvaluableError
 from fewbit_fx.passes.graph import value_of
 from fewbit_fx.passes.representation import Coded, Exact, PackedMask, Representation
-from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site, anchor
+from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Origin, Site, anchor
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fewbit_fx._torch import hint
+from fewbit_fx._torch import has_size_from_data, hint, size_symbols
 from fewbit_fx.coding import Coding, fit_coding
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.functions import is_affine
@@ -19,13 +21,34 @@ from fewbit_fx.sampling import NotCodableError
 
 _RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 PRODUCT = "it is a product with a tensor, whose own values the backward needs"
+LOSS = "it is the derivative of a loss, whose arguments go to where no level is near it"
+PERHAPS_LOSS = (
+    "near x = 0 no level is near its derivative, and what its gradient comes from lies outside of the graph: "
+    "of a loss, x goes to 0"
+)
+SIZE_FROM_DATA = "its size is known from data only, not when compiling"
+SIZE_NOT_IN_BACKWARD = "its size follows from a number that the backward is not given"
+EMPTY = "it has no elements"
+_NEAR_ZERO = np.concatenate([sign * 10.0 ** -np.arange(2.0, 9.0) for sign in (-1, 1)])
 
 
-def choose(site: Site, config: FewBitConfig) -> Representation:
-    """The representation of one site by itself; whether it buys memory shows only after the cut."""
+def choose(site: Site, config: FewBitConfig, symbols: Set[object] = frozenset()) -> Representation:
+    """The representation of one site by itself; whether it buys memory shows only after the cut.
+
+    Args:
+        site: The site.
+        config: The options.
+        symbols: Those that the backward has as inputs. A mask is decoded from them; a gradient has its shape.
+    """
+    if has_size_from_data(value_of(anchor(site))):
+        return Exact(SIZE_FROM_DATA)
+    if isinstance(site, MaskSite) and not size_symbols(value_of(site.mask)) <= symbols:
+        return Exact(SIZE_NOT_IN_BACKWARD)
     elements = hint(value_of(anchor(site)).numel())
     if elements < config.min_numel:
         return Exact(f"it has {elements:,} elements, fewer than min_numel = {config.min_numel:,}")
+    if elements == 0:
+        return Exact(EMPTY)
     if any(n.meta.get("recompute") in _RECOMPUTE for n in _forward_nodes(site)):
         return Exact("activation checkpointing computes it again in the backward")
     if isinstance(site, MaskSite):
@@ -43,7 +66,18 @@ def choose(site: Site, config: FewBitConfig) -> Representation:
             f"{config.bits} bits would leave a relative error of {error:.0%}, "
             f"above max_relative_error = {config.max_relative_error:.0%}"
         )
+    if error > 0 and site.origin is Origin.BROADCAST:
+        return Exact(LOSS)
+    if site.origin is Origin.OUTSIDE and not _stands_for_it_near_zero(coding, site.derivative, config):
+        return Exact(PERHAPS_LOSS)
     return Coded(coding)
+
+
+def _stands_for_it_near_zero(coding: Coding, derivative: Derivative, config: FewBitConfig) -> bool:
+    """Whether the relative error is bounded as x goes to 0, where the residuals of a loss go."""
+    exact = derivative.evaluated(_NEAR_ZERO)
+    error = np.abs(coding.codebook.nearest(exact) - exact)
+    return bool((error <= config.max_relative_error * np.abs(exact)).all())
 
 
 def _forward_nodes(site: Site) -> tuple[fx.Node, ...]:
@@ -54,8 +88,8 @@ def _forward_nodes(site: Site) -> tuple[fx.Node, ...]:
 def fitted_coding(derivative: Derivative, bits: int) -> Coding | Exact:
     """The coding of a derivative, or why there is none; fitted once per derivative and process."""
     try:
-        return fit_coding(derivative.ideal, bits)
+        return fit_coding(derivative.evaluated, bits)
     except NotCodableError as reason:
-        return Exact(PRODUCT if is_affine(derivative.ideal) else str(reason))
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as fault:  # whatever an operation may raise
-        return Exact(f"its derivative cannot be evaluated: {fault}")
+        return Exact(PRODUCT if is_affine(derivative.evaluated) else str(reason))
+    except NotEvaluableError as reason:
+        return Exact(str(reason))

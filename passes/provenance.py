@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import torch
-from fewbit_fx.passes.derivative import Derivative
+from fewbit_fx.passes.derivative import Derivative, NotEvaluableError
 from fewbit_fx.passes.graph import constant_value, is_pointwise
 from fewbit_fx.passes.sites import DerivativeSite, Site
 from torch import fx
@@ -51,9 +51,9 @@ def function_name(site: Site) -> str:
 @functools.lru_cache(maxsize=1024)
 def _name(derivative: Derivative) -> str | None:
     try:
-        known = recognise(derivative.ideal)
-        return known or ("product" if is_affine(derivative.ideal) else None)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # the plan gives the reason
+        known = recognise(derivative.evaluated)
+        return known or ("product" if is_affine(derivative.evaluated) else None)
+    except NotEvaluableError:  # the plan gives the reason
         return None
 
 

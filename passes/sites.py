@@ -5,6 +5,10 @@ A derivative site is a region of pointwise operations of the backward with one w
     entry g  ->  [ * , / , neg, convert, where, + of branches ]  ->  exit g' = g * d(x)
                       ^ factors, all pointwise functions of one forward tensor x
 
+Gradients and factors are real numbers, and so is every node of a region; the product with anything else is
+none. A conversion that rounds a gradient on purpose, as a float8 recipe or ``x.to(bfloat16)`` does, is never
+inside of a region, where it would be lost: it may only be its end.
+
 A mask site is a boolean tensor of the forward that the backward reads other than to make a mask.
 """
 
@@ -12,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 from fewbit_fx.passes.derivative import Derivative, NotEvaluableError
 from fewbit_fx.passes.graph import (
     COPIES,
+    MOVEMENTS,
     aten,
+    closure,
     constant_value,
     descendants,
     is_pointwise,
@@ -28,8 +35,24 @@ from fewbit_fx.passes.graph import (
 )
 from torch import Tensor, fx
 
+from fewbit_fx._torch import statically_known_true
+
 _UNARY_LINEAR = frozenset({aten.neg.default, prims.convert_element_type.default}) | COPIES
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
+_CONVERSIONS = frozenset(map(str, (prims.convert_element_type.default, aten._to_copy.default)))  # copies compare by name
+
+
+class Origin(Enum):
+    """Where the gradient that enters a site comes from.
+
+    LAYER: from what follows in the model, such as a matrix product.
+    BROADCAST: from fewer numbers, through nothing but pointwise operations: the site is a loss's derivative.
+    OUTSIDE: from outside of the graph, through nothing but pointwise operations. What is there is not known.
+    """
+
+    LAYER = auto()
+    BROADCAST = auto()
+    OUTSIDE = auto()
 
 
 @dataclass(frozen=True)
@@ -40,17 +63,21 @@ class DerivativeSite:
         entry: Gradient that flows in.
         exit: Gradient that flows out; the only node of the region that a rewrite replaces.
         source: The forward tensor x.
+        sources: The forward tensors that each by itself determine the derivative, x the last of them.
         factors: Forward tensors that the exact region reads, each a function of ``source``.
         derivative: The factor as a function of x.
         is_gate: The factor is a value of the forward, which multiplies another tensor there.
+        origin: Where the gradient at the entry comes from.
     """
 
     entry: fx.Node
     exit: fx.Node
     source: fx.Node
+    sources: tuple[fx.Node, ...]
     factors: tuple[fx.Node, ...]
     derivative: Derivative
     is_gate: bool = False
+    origin: Origin = Origin.LAYER
 
 
 @dataclass(frozen=True)
@@ -92,10 +119,20 @@ def find_sites(graph: fx.Graph, computed: Collection[str]) -> tuple[list[Site], 
         if region.mask is not None:
             deciding.setdefault(region.mask, derivative)
         else:
-            assert region.source is not None, "what is not boolean is floating point"
+            assert region.source is not None, "a region has sources, and what is not boolean is a real number"
             assert derivative is not None, "what has a source has a derivative"
-            gate = _is_gate(region, backward)
-            sites.append(DerivativeSite(region.entry, region.exit, region.source, region.factors, derivative, gate))
+            sites.append(
+                DerivativeSite(
+                    region.entry,
+                    region.exit,
+                    region.source,
+                    region.sources,
+                    region.factors,
+                    derivative,
+                    _is_gate(region, backward),
+                    _origin(region.entry, backward),
+                )
+            )
     inside = {n for region in regions if region.mask is None for n in region.program()}
     sites += [MaskSite(m, deciding.get(m)) for m in _find_masks(graph, backward, inside, computed)]
     return sorted(sites, key=anchor), unreadable
@@ -110,7 +147,7 @@ def anchor(site: Site) -> fx.Node:
 class _Region:
     """Operations from entry to exit, linear in the entry, and where their factors come from.
 
-    ``sources`` are the nodes that each by itself determines all the factors, the nearest first.
+    ``sources`` are the boolean and real nodes that each by itself determines all the factors, the nearest first.
     """
 
     entry: fx.Node
@@ -127,7 +164,7 @@ class _Region:
     @property
     def source(self) -> fx.Node | None:
         """The farthest floating point tensor from which the factor follows."""
-        floats = [s for s in self.sources if value_of(s).dtype.is_floating_point]
+        floats = [s for s in self.sources if _is_real(s)]
         return floats[-1] if floats else None
 
     def program(self) -> set[fx.Node]:
@@ -204,6 +241,8 @@ def _grow(exit_node: fx.Node, backward: set[fx.Node]) -> _Region | None:
         new_factors = _factors(latest, backward)
         if not all(same_shape(f, exit_node) for f in new_factors):
             return best
+        if _rounds_on_purpose(latest) and _is_widened_after(latest, nodes):
+            return best
         nodes.add(latest)
         factors |= new_factors
         open_ends = (open_ends - {latest}) | set(gradients)
@@ -216,17 +255,36 @@ def _grow(exit_node: fx.Node, backward: set[fx.Node]) -> _Region | None:
             best = _Region(entry, exit_node, frozenset(nodes), in_order, sources)
 
 
+def _rounds_on_purpose(node: fx.Node) -> bool:
+    """Whether a node is a conversion to a narrower dtype that the model asks for.
+
+    A decomposition rounds, too, where it returns to the dtype of its operation; the name of that is kept.
+    """
+    if node.target is not prims.convert_element_type.default:
+        return False
+    given, made = value_of(node.all_input_nodes[0]).dtype, value_of(node).dtype
+    is_exact = given == made or given.itemsize < made.itemsize
+    return not is_exact and str(node.meta.get("original_aten", node.target)) in _CONVERSIONS
+
+
+def _is_widened_after(node: fx.Node, region: set[fx.Node]) -> bool:
+    """Whether a region turns the value of a node into another dtype."""
+    behind = closure([node], lambda n: [user for user in n.users if user in region])
+    return any(value_of(n).dtype != value_of(node).dtype for n in behind)
+
+
 def linear_inputs(node: fx.Node, backward: set[fx.Node]) -> list[fx.Node] | None:
-    """The gradients in which a pointwise node is linear, or None if it is not linear in them."""
-    if node.op != "call_function" or node not in backward:
+    """The gradients in which a pointwise node of real numbers is linear, or None if it is not linear in them."""
+    if node.op != "call_function" or node not in backward or not _is_real(node):
         return None
     gradients = [a for a in node.args if isinstance(a, fx.Node) and a in backward]
+    if not all(map(_is_real, gradients)):
+        return None
     others = [a for a in node.args if not (isinstance(a, fx.Node) and a in backward)]
     if any(isinstance(a, fx.Node) and not isinstance(value_of(a), Tensor) for a in others):
         return None
     if node.target in _UNARY_LINEAR:
-        value = value_of(node)
-        return gradients if isinstance(value, Tensor) and value.dtype.is_floating_point else None
+        return gradients
     if node.target is aten.mul.Tensor:
         return gradients if len(gradients) == 1 else None
     if node.target is aten.div.Tensor:
@@ -240,12 +298,16 @@ def linear_inputs(node: fx.Node, backward: set[fx.Node]) -> list[fx.Node] | None
 
 
 def _single_sources(factors: set[fx.Node]) -> Iterator[fx.Node]:
-    """Nodes that alone determine all the factors, the nearest first."""
+    """Boolean and real nodes that alone determine all the factors, the nearest first."""
     front = set(factors)
     shape = next(iter(factors))
     while front:
+        if any(value_of(n).dtype.is_complex for n in front):
+            return
         if len(front) == 1:
-            yield next(iter(front))
+            (node,) = front
+            if _is_boolean(node) or _is_real(node):
+                yield node
         latest = max(front)
         if not is_pointwise(latest):
             return
@@ -276,6 +338,16 @@ def _is_gate(region: _Region, backward: set[fx.Node]) -> bool:
     return False
 
 
+def _origin(entry: fx.Node, backward: set[fx.Node]) -> Origin:
+    """Where a gradient comes from; what is no pointwise operation and moves more than elements is a layer."""
+    reached = closure([entry], lambda n: [i for i in n.all_input_nodes if i in backward])
+    if not all(n.op == "placeholder" or is_pointwise(n) or n.target in MOVEMENTS for n in reached):
+        return Origin.LAYER
+    sizes = [value_of(n).numel() for n in reached if n.op == "placeholder"]
+    fewer = all(statically_known_true(size < value_of(entry).numel()) for size in sizes)
+    return Origin.BROADCAST if fewer else Origin.OUTSIDE
+
+
 def _find_masks(
     graph: fx.Graph, backward: set[fx.Node], in_derivatives: set[fx.Node], computed: Collection[str]
 ) -> list[fx.Node]:
@@ -298,3 +370,8 @@ def _find_masks(
 def _is_boolean(node: fx.Node) -> bool:
     value = value_of(node)
     return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
+def _is_real(node: fx.Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dtype.is_floating_point
