@@ -31,7 +31,11 @@ from torch.fx.experimental.symbolic_shapes import (
     is_nested_int,
     statically_known_true,  # reads, never adds a guard
 )
-from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    is_in_torch_dispatch_mode,
+    is_traceable_wrapper_subclass,
+)
 
 __all__ = [
     "CustomPartitionerFn",
@@ -45,6 +49,7 @@ __all__ = [
     "inductor_options",
     "hint",
     "is_symbol",
+    "kept_by_their_makers",
     "make_graph_module",
     "mode_of",
     "nbytes",
@@ -97,6 +102,44 @@ def runs_compiled(*tensors: Tensor) -> bool:
 def version(x: Tensor) -> int:
     """How often a tensor has been written to."""
     return x._version
+
+
+def kept_by_their_makers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Positions of a graph's inputs whose storage is kept for its own backward by the operation that made them.
+
+    Behind a graph break the inputs of a graph are the outputs of another, which may have saved them. Hooks on saved
+    tensors are not run: they may compute a whole checkpoint again. Where AOTAutograd will number the inputs in
+    another way, none are named.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: Its inputs, real or fake.
+    """
+    tensors = [x for x in example_inputs if isinstance(x, Tensor)]
+    if any(True for _ in gm.parameters()) or any(map(is_traceable_wrapper_subclass, tensors)):
+        return ()
+    return tuple(i for i, x in enumerate(example_inputs) if isinstance(x, Tensor) and _is_kept_by_its_maker(x))
+
+
+def _is_kept_by_its_maker(x: Tensor) -> bool:
+    if isinstance(x, FakeTensor) or x.layout != torch.strided:
+        return False
+    pointer, node = x.untyped_storage().data_ptr(), x.grad_fn
+    while node is not None:
+        kept = list(_unhooked_saved_tensors(node))
+        if kept or len(node.next_functions) != 1:  # else it may be a view, and its base kept
+            return any(t.untyped_storage().data_ptr() == pointer for t in kept)
+        node = node.next_functions[0][0]
+    return False
+
+
+def _unhooked_saved_tensors(node: Any) -> Iterator[Tensor]:
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            saved = getattr(node, name)
+            for raw in saved if isinstance(saved, (tuple, list)) else (saved,):
+                if raw.unpack_hook is None and isinstance(raw.data, Tensor) and raw.data.layout == torch.strided:
+                    yield raw.data
 
 
 def share_hooks(old: nn.Module, new: nn.Module) -> None:

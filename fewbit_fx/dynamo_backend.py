@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from fewbit_fx._torch import compile_id, compile_with_inductor, inductor_options
+from fewbit_fx._torch import compile_id, compile_with_inductor, inductor_options, kept_by_their_makers
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.history import History, graph_identity
 from fewbit_fx.passes.partitioner import FewBitPartitioner
@@ -54,7 +54,7 @@ class FewBitBackend:
         mode = options.pop("mode", mode)  # torch.compile takes either a mode or options
         config, inductor = split_options(options, self.config)
         records: list[GraphRecord] = []
-        partitioner = FewBitPartitioner(config, records.append)
+        partitioner = FewBitPartitioner(config, records.append, kept_by_their_makers(gm, example_inputs))
         file = RecordFile(gm, example_inputs, partitioner.uuid())
         options = {**self._options, **inductor}
         compiled = compile_with_inductor(gm, example_inputs, partitioner, mode or self._mode, options)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fewbit_fx._torch import partition_only
+from fewbit_fx._torch import kept_by_their_makers, partition_only
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.frames import in_a_frame_of_its_own
 from fewbit_fx.passes.partitioner import FewBitPartitioner
@@ -36,7 +36,8 @@ def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig |
     config = fewbit_config or FewBitConfig()
 
     def partition(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return partition_only(gm, example_inputs, FewBitPartitioner(config, records.append))
+        partitioner = FewBitPartitioner(config, records.append, kept_by_their_makers(gm, example_inputs))
+        return partition_only(gm, example_inputs, partitioner)
 
     original = getattr(model, "_orig_mod", model)
     devices = range(torch.cuda.device_count())

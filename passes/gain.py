@@ -19,7 +19,7 @@ from torch import fx
 
 from fewbit_fx._torch import storage_key, storage_nbytes
 
-NOT_SAVED = "torch.compile saves nothing for it"
+NOT_SAVED = "torch.compile saves nothing for it that does not live anyway"
 NEEDED = "the backward needs its exact value for something else too, so a code would save nothing"
 RETURNED = "the graph returns what it follows from to its caller, where it may live on"
 NOT_SMALLER = "a code would be no smaller than what torch.compile saves for it"

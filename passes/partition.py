@@ -21,7 +21,8 @@ class Partition:
         forward: The forward graph.
         backward: The backward graph.
         num_fwd_outputs: How many outputs of the forward are the model's.
-        static_inputs: Positions of the forward's inputs that live anyway: parameters and buffers.
+        static_inputs: Positions of the forward's inputs that live anyway: parameters, buffers, and what the graph
+            that made it keeps.
     """
 
     forward: fx.GraphModule
@@ -59,9 +60,9 @@ class Partition:
         return any(storage_key(n) not in shared for n in self.saved())
 
     def saved_storages(self) -> dict[object, list[fx.Node]]:
-        """The saved tensors by storage, without those of parameters and buffers."""
+        """The saved tensors by storage, without those that live anyway."""
         inputs = placeholders(self.forward.graph)
-        alive = {storage_key(inputs[i]) for i in self.static_inputs}
+        alive = {storage_key(inputs[i]) for i in self.static_inputs if i < len(inputs)}
         found: dict[object, list[fx.Node]] = {}
         for node in self.saved():
             if storage_key(node) not in alive:
@@ -69,7 +70,7 @@ class Partition:
         return found
 
     def saved_bytes(self) -> int:
-        """Bytes saved for the backward: each storage once and whole, without parameters and buffers."""
+        """Bytes saved for the backward: each storage once and whole, without those that live anyway."""
         return sum(max(map(storage_nbytes, nodes)) for nodes in self.saved_storages().values())
 
     def symbols_in_backward(self) -> frozenset[object]:

@@ -41,11 +41,15 @@ class FewBitPartitioner(CustomPartitionerFn):
     Args:
         config: The options.
         record: Called with one :class:`GraphRecord` per partitioned graph.
+        kept_inputs: Positions of the graph's inputs that live on whatever it saves, beside parameters and buffers.
     """
 
-    def __init__(self, config: FewBitConfig, record: Callable[[GraphRecord], None]) -> None:
+    def __init__(
+        self, config: FewBitConfig, record: Callable[[GraphRecord], None], kept_inputs: tuple[int, ...] = ()
+    ) -> None:
         self._config = config
         self._record = record
+        self._kept_inputs = kept_inputs
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -54,7 +58,8 @@ class FewBitPartitioner(CustomPartitionerFn):
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         started = time.perf_counter()
         static = kwargs.get("static_lifetime_input_indices") or ()
-        plain = Partition(forward, backward, kwargs["num_fwd_outputs"], tuple(static))
+        alive = tuple(sorted({*static, *self._kept_inputs}))
+        plain = Partition(forward, backward, kwargs["num_fwd_outputs"], alive)
         try:
             chosen, record = self._compress(gm.graph, plain)
         except Exception as fault:  # whatever it is: the user's training goes on, exactly, and is told so
@@ -69,8 +74,8 @@ class FewBitPartitioner(CustomPartitionerFn):
         return chosen.forward, chosen.backward
 
     def uuid(self) -> Any:
-        """Key for Inductor's caches: every source file that runs, every option, and the fitter's numpy."""
-        return f"fewbit-fx {_source_hash()} {self._config!r} numpy {numpy.__version__}"
+        """Key for Inductor's caches: every source file that runs, every option, the inputs kept, and numpy."""
+        return f"fewbit-fx {_source_hash()} {self._config!r} kept {self._kept_inputs} numpy {numpy.__version__}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FewBitPartitioner:
         """Inductor copies its configuration, and this within it; records must reach the one listener."""

@@ -39,7 +39,9 @@ from fewbit_fx._torch import statically_known_true
 
 _UNARY_LINEAR = frozenset({aten.neg.default, prims.convert_element_type.default}) | COPIES
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
-_CONVERSIONS = frozenset(map(str, (prims.convert_element_type.default, aten._to_copy.default)))  # copies compare by name
+_CONVERSIONS = frozenset(
+    map(str, (prims.convert_element_type.default, aten._to_copy.default))
+)  # copies compare by name
 
 
 class Origin(Enum):

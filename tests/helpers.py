@@ -241,3 +241,26 @@ def model_zoo() -> dict[str, tuple[nn.Module, Tensor]]:
 class _SquaredReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x) ** 2
+
+
+def held_bytes(result: Tensor, model: nn.Module) -> int:
+    """Bytes that really live on for the backward of ``result``: each storage once, without parameters and buffers.
+
+    Found from the autograd graph itself, with what its nodes have saved; independent of any report.
+    """
+    alive = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+    seen, todo = set(), [result.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+        saved = list(getattr(node, "saved_tensors", ()))
+        saved += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for tensor in saved:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+    return sum(size for pointer, size in found.items() if pointer not in alive)
