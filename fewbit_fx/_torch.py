@@ -151,10 +151,10 @@ def _follow_the_device(graph: fx.Graph, traced_on: torch.device) -> None:
 
 
 def storage_nbytes(node: fx.Node) -> int:
-    """Bytes of the whole storage of a node's value: a view keeps all of it alive."""
+    """Bytes of the whole storage of a node's value: a view keeps all of it alive, and an expanded one no more."""
     value = node.meta.get("val")
     if isinstance(value, FakeTensor):
-        return max(nbytes(node), hint(value.untyped_storage().nbytes()))
+        return hint(value.untyped_storage().nbytes())
     return nbytes(node)
 
 
