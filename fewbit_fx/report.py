@@ -11,14 +11,35 @@ from fewbit_fx.report_table import graph_lines
 
 
 @dataclass(frozen=True)
+class ModelTotals:
+    """What another model came to, or several whose totals are equal.
+
+    Attributes:
+        name: Class of the module, or name of the function, that was compiled.
+        plain_bytes: Bytes saved for the backward of one under plain torch.compile.
+        fewbit_bytes: The same under fewbit.
+        count: How many models.
+    """
+
+    name: str
+    plain_bytes: int
+    fewbit_bytes: int
+    count: int = 1
+
+
+@dataclass(frozen=True)
 class Report:
     """What fewbit did to a model's graphs. ``print`` it, or take :meth:`to_dict`.
 
     Attributes:
         graphs: One record per compiled graph (graph breaks make several).
+        model: Class of the module, or name of the function, that was compiled; "" if not known.
+        other_models: What was compiled before this model, in order.
     """
 
     graphs: tuple[GraphRecord, ...]
+    model: str = ""
+    other_models: tuple[ModelTotals, ...] = ()
 
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
@@ -53,8 +74,11 @@ class Report:
     def __str__(self) -> str:
         if not self.graphs:
             return "fewbit: no graph with a backward has been compiled yet"
+        head = [f"model {self.model}"] if self.model else []
         graphs = ["\n".join(graph_lines(graph)) for graph in self.graphs]
-        return "\n\n".join([*graphs, f"bytes saved for backward: {_totals(self.plain_bytes, self.fewbit_bytes)}"])
+        totals = f"bytes saved for backward: {_totals(self.plain_bytes, self.fewbit_bytes)}"
+        before = [f"compiled before: {_model(m)} {_totals(m.plain_bytes, m.fewbit_bytes)}" for m in self.other_models]
+        return "\n\n".join([*head, *graphs, "\n".join([totals, *before])])
 
 
 def _saving(plain_bytes: int, fewbit_bytes: int) -> float:
@@ -64,3 +88,7 @@ def _saving(plain_bytes: int, fewbit_bytes: int) -> float:
 def _totals(plain_bytes: int, fewbit_bytes: int) -> str:
     change = 0 - _saving(plain_bytes, fewbit_bytes)  # not minus zero
     return f"torch.compile {plain_bytes:,}   fewbit {fewbit_bytes:,}   ({change:+.1%})"
+
+
+def _model(totals: ModelTotals) -> str:
+    return f"{totals.name}:" if totals.count == 1 else f"{totals.name}, {totals.count} of them, each:"
