@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ __all__ = [
     "cache_folder",
     "compile_id",
     "compile_with_inductor",
+    "compiled_callable",
     "donate_nothing",
     "has_size_from_data",
     "inductor_decompositions",
@@ -203,7 +205,7 @@ def _follow_the_device(graph: fx.Graph, traced_on: torch.device) -> None:
 
 
 def storage_nbytes(node: fx.Node) -> int:
-    """Bytes of the whole storage of a node's value: a view keeps all of it alive."""
+    """Bytes of the whole storage of a node's value: a view keeps all of it alive, and an expanded one no more."""
     value = node.meta.get("val")
     if isinstance(value, FakeTensor):
         return hint(value.untyped_storage().nbytes())
@@ -275,6 +277,24 @@ def compile_id() -> str:
     """Dynamo's id of the compilation under way, such as ``0/1`` (frame/recompile), or ``-``."""
     current = CompileContext.current_compile_id()
     return str(current) if current is not None else "-"
+
+
+def compiled_callable() -> Callable[..., Any] | None:
+    """What was handed to torch.compile, of the compilation under way, or None if that is not found.
+
+    Dynamo does not tell a backend. But the wrapper that torch.compile returns is on the stack, and holds it in
+    its free variable ``fn``: a function or, of a module, a bound method. Modules whose forward is torch's own are
+    wrapped once more, by ``wrap_inline``.
+    """
+    frame = sys._getframe()
+    while frame.f_code.co_name != "compile_wrapper" or frame.f_globals.get("__name__") != "torch._dynamo.eval_frame":
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    found: Callable[..., Any] | None = frame.f_locals.get("fn")
+    if isinstance(found, FunctionType) and found.__globals__.get("__name__") == "torch._dynamo.external_utils":
+        found = getattr(found, "__wrapped__", found)
+    return found
 
 
 def inductor_options() -> frozenset[str]:

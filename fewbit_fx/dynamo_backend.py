@@ -8,7 +8,13 @@ from typing import Any
 
 from torch import fx
 
-from fewbit_fx._torch import compile_id, compile_with_inductor, inductor_options, kept_by_their_makers
+from fewbit_fx._torch import (
+    compile_id,
+    compile_with_inductor,
+    compiled_callable,
+    inductor_options,
+    kept_by_their_makers,
+)
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.history import History, graph_identity
 from fewbit_fx.passes.partitioner import FewBitPartitioner
@@ -62,11 +68,11 @@ class FewBitBackend:
             file.write(records)
         identity = graph_identity(gm, example_inputs, compile_id())
         for history in (self._history, _all_backends):
-            history.add(identity, records or file.read(compile_id()))
+            history.add(compiled_callable(), identity, records or file.read(compile_id()))
         return compiled
 
     def last_report(self) -> Report:
-        """What happened to the graphs that this backend compiled; see :class:`fewbit_fx.Report`."""
+        """As :func:`fewbit_fx.last_report`, of what this backend compiled."""
         return self._history.report()
 
 
@@ -74,9 +80,11 @@ _all_backends = History()
 
 
 def last_report() -> Report:
-    """What happened to the graphs that any fewbit backend compiled in this process.
+    """What happened to the model that any fewbit backend compiled last in this process, with the others' totals.
 
-    A recompiled graph replaces its predecessor. Empty before the first forward that requires gradients.
+    A model is what was handed to torch.compile, with all its graphs; a recompiled graph replaces its predecessor.
+    Layers that are compiled one by one are models of their own, of which those that share compiled code count once.
+    Empty before the first forward that requires gradients.
     """
     return _all_backends.report()
 

@@ -26,7 +26,7 @@ def kept_with_the_function(make: Callable[..., Result]) -> Callable[..., Result]
     @functools.wraps(make)
     def cached(function: Callable[..., Any], *key: Hashable) -> Result:
         owner, method = owner_of(function), getattr(function, "__func__", None)
-        results = (weak if _is_weakly_referable(owner) else strong).setdefault(owner, {})
+        results = (weak if is_weakly_referable(owner) else strong).setdefault(owner, {})
         full_key = (method, *key)
         if full_key not in results:
             results[full_key] = make(function, *key)
@@ -40,7 +40,8 @@ def owner_of(function: Callable[..., Any]) -> Any:
     return function.__self__ if inspect.ismethod(function) else function
 
 
-def _is_weakly_referable(value: object) -> bool:
+def is_weakly_referable(value: object) -> bool:
+    """Whether there are weak references to it; not to None, nor to objects with ``__slots__``."""
     try:
         weakref.ref(value)
     except TypeError:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fewbit_fx.passes.record import GraphRecord, SiteRecord
-from fewbit_fx.table import text_table
+from fewbit_fx.passes.record import GraphRecord, OtherRecord, SiteRecord
+from fewbit_fx.report_table import graph_lines
 
-_COLUMNS = ("where", "sites", "function", "shape", "dtype", "what happened", "bytes before", "after", "rel. error")
-_RIGHT_ALIGNED = {"sites", "bytes before", "after", "rel. error"}
+
+@dataclass(frozen=True)
+class ModelTotals:
+    """What another model came to, or several whose totals are equal.
+
+    Attributes:
+        name: Class of the module, or name of the function, that was compiled.
+        plain_bytes: Bytes saved for the backward of one under plain torch.compile.
+        fewbit_bytes: The same under fewbit.
+        count: How many models.
+    """
+
+    name: str
+    plain_bytes: int
+    fewbit_bytes: int
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -21,14 +33,23 @@ class Report:
 
     Attributes:
         graphs: One record per compiled graph (graph breaks make several).
+        model: Class of the module, or name of the function, that was compiled; "" if not known.
+        other_models: What was compiled before this model, in order.
     """
 
     graphs: tuple[GraphRecord, ...]
+    model: str = ""
+    other_models: tuple[ModelTotals, ...] = ()
 
     @property
     def sites(self) -> tuple[SiteRecord, ...]:
         """All sites of all graphs."""
         return tuple(site for graph in self.graphs for site in graph.sites)
+
+    @property
+    def rows(self) -> tuple[SiteRecord | OtherRecord, ...]:
+        """All that is saved, sites first; the bytes of these rows sum to the report's totals."""
+        return self.sites + tuple(other for graph in self.graphs for other in graph.others)
 
     @property
     def plain_bytes(self) -> int:
@@ -43,64 +64,31 @@ class Report:
     @property
     def saving(self) -> float:
         """Share of ``plain_bytes`` that fewbit does not save for the backward, 0 to 1."""
-        return 1 - self.fewbit_bytes / self.plain_bytes if self.plain_bytes else 0.0
+        return _saving(self.plain_bytes, self.fewbit_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as plain dictionaries, lists, numbers and text (JSON-ready)."""
         totals = {"plain_bytes": self.plain_bytes, "fewbit_bytes": self.fewbit_bytes, "saving": self.saving}
-        return {**totals, "graphs": [dataclasses.asdict(graph) for graph in self.graphs]}
+        return {**totals, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
         if not self.graphs:
             return "fewbit: no graph with a backward has been compiled yet"
-        return "\n\n".join([*map(_graph_text, self.graphs), self._totals()])
-
-    def _totals(self) -> str:
-        return (
-            f"bytes saved for backward: torch.compile {self.plain_bytes:,}   fewbit {self.fewbit_bytes:,}   "
-            f"({-self.saving:+.1%})"
-        )
+        head = [f"model {self.model}"] if self.model else []
+        graphs = ["\n".join(graph_lines(graph)) for graph in self.graphs]
+        totals = f"bytes saved for backward: {_totals(self.plain_bytes, self.fewbit_bytes)}"
+        before = [f"compiled before: {_model(m)} {_totals(m.plain_bytes, m.fewbit_bytes)}" for m in self.other_models]
+        return "\n\n".join([*head, *graphs, "\n".join([totals, *before])])
 
 
-def _graph_text(graph: GraphRecord) -> str:
-    lines = [f"graph {graph.compile_id}" + (f": {graph.note}" if graph.note else "")]
-    if graph.sites:
-        groups = _grouped(graph.sites)
-        reasons = list(dict.fromkeys(site.reason for site, _ in groups if site.reason))
-        lines += text_table(_COLUMNS, (_row(site, where, reasons) for site, where in groups), _RIGHT_ALIGNED)
-        lines += [f"  [{i}] left exact, because {reason}" for i, reason in enumerate(reasons, 1)]
-    elif not graph.note:
-        lines.append("  no pointwise nonlinearity and no mask found")
-    return "\n".join(lines)
+def _saving(plain_bytes: int, fewbit_bytes: int) -> float:
+    return 1 - fewbit_bytes / plain_bytes if plain_bytes else 0.0
 
 
-def _grouped(sites: Iterable[SiteRecord]) -> list[tuple[SiteRecord, list[str]]]:
-    """Sites that differ only in the numbers of their modules, as layers do, with their modules."""
-    groups: dict[SiteRecord, tuple[SiteRecord, list[str]]] = {}
-    for site in sites:
-        pattern = re.sub(r"\d+", "*", site.module)
-        _, modules = groups.setdefault(dataclasses.replace(site, module=pattern), (site, []))
-        modules.append(site.module)
-    return list(groups.values())
+def _totals(plain_bytes: int, fewbit_bytes: int) -> str:
+    change = 0 - _saving(plain_bytes, fewbit_bytes)  # not minus zero
+    return f"torch.compile {plain_bytes:,}   fewbit {fewbit_bytes:,}   ({change:+.1%})"
 
 
-def _row(site: SiteRecord, modules: list[str], reasons: list[str]) -> tuple[str, ...]:
-    count = len(modules)
-    return (
-        _where(site, modules),
-        str(count),
-        site.function,
-        "x".join(map(str, site.shape)) or "scalar",
-        site.dtype,
-        site.action + (f" [{reasons.index(site.reason) + 1}]" if site.reason else ""),
-        f"{count * site.bytes_before:,}",
-        f"{count * site.bytes_after:,}",
-        f"{site.relative_error:.2%}" if site.relative_error else "exact",
-    )
-
-
-def _where(site: SiteRecord, modules: list[str]) -> str:
-    distinct = len(set(modules)) > 1
-    module = re.sub(r"\d+", "*", site.module) if distinct else site.module
-    file = site.source_line.replace("\\", "/").rsplit("/", 1)[-1]
-    return " ".join(part for part in (module, f"({file})" if file else "") if part) or "-"
+def _model(totals: ModelTotals) -> str:
+    return f"{totals.name}:" if totals.count == 1 else f"{totals.name}, {totals.count} of them, each:"

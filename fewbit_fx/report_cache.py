@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fewbit_fx._torch import cache_folder, partition_settings
-from fewbit_fx.passes.record import GraphRecord, SiteRecord
+from fewbit_fx.passes.record import GraphRecord, OtherRecord, SiteRecord
 
 
 class RecordFile:
@@ -44,12 +44,11 @@ class RecordFile:
             return
 
     def read(self, compile_id: str) -> list[GraphRecord]:
-        """The records, under this compilation's id; none if there is no readable file."""
+        """The records, under this compilation's id; none if there is no readable file of this format."""
         try:
-            found = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            return [_record(data, compile_id) for data in json.loads(self._path.read_text())]
+        except (OSError, ValueError, KeyError, TypeError):
             return []
-        return [_record(data, compile_id) for data in found]
 
 
 def _describe(value: Any) -> str:
@@ -60,7 +59,11 @@ def _describe(value: Any) -> str:
 
 
 def _record(data: dict[str, Any], compile_id: str) -> GraphRecord:
-    sites = tuple(
-        SiteRecord(**{**site, "shape": tuple(site["shape"]), "levels": tuple(site["levels"])}) for site in data["sites"]
-    )
-    return GraphRecord(**{**data, "sites": sites, "compile_id": compile_id})
+    sites = tuple(SiteRecord(**_with_tuples(site)) for site in data["sites"])
+    others = tuple(OtherRecord(**_with_tuples(other)) for other in data["others"])
+    return GraphRecord(**{**data, "sites": sites, "others": others, "compile_id": compile_id})
+
+
+def _with_tuples(data: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

@@ -2,4 +2,5 @@
 
 Read in this order: ``sites`` finds what could be coded, ``representation`` says how, ``plan`` decides for
 each site, ``gain`` drops what buys no memory, ``rewrite`` edits the graphs, ``partitioner`` runs them all.
+``attribution`` shares out the saved bytes for ``record``, which keeps what happened.
 """

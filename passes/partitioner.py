@@ -16,7 +16,7 @@ import numpy
 from fewbit_fx.passes.gain import Gain
 from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.plan import choose
-from fewbit_fx.passes.record import GraphRecord, site_record, unreadable_record
+from fewbit_fx.passes.record import GraphRecord, graph_record, unexamined_record
 from fewbit_fx.passes.representation import Exact, Representation, code_bytes
 from fewbit_fx.passes.rewrite import SiteError, rewrite
 from fewbit_fx.passes.sites import Site, find_sites
@@ -24,7 +24,7 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
 from fewbit_fx import codec
-from fewbit_fx._torch import CustomPartitionerFn, compile_id, donate_nothing
+from fewbit_fx._torch import CustomPartitionerFn, donate_nothing
 from fewbit_fx.config import FewBitConfig
 
 logger = logging.getLogger("fewbit_fx")
@@ -66,8 +66,7 @@ class FewBitPartitioner(CustomPartitionerFn):
             if self._config.strict:
                 raise
             _warn_of("a graph", fault)
-            size = plain.saved_bytes()
-            chosen, record = plain, GraphRecord(compile_id(), size, size, (), f"left exact after a fault: {fault!r}")
+            chosen, record = plain, unexamined_record(plain, f"left exact after a fault: {fault!r}")
         if chosen.is_donated_in_part() and not plain.is_donated_in_part():
             donate_nothing(chosen.forward)  # or a backward with retain_graph=True would raise that works with inductor
         self._record(replace(record, pass_seconds=time.perf_counter() - started))
@@ -90,8 +89,7 @@ class FewBitPartitioner(CustomPartitionerFn):
         if chosen is not plain and chosen.saved_bytes() >= plain.saved_bytes():
             chosen = plain
             plan = {s: r if isinstance(r, Exact) else Exact(NOT_SMALLER) for s, r in plan.items()}
-        records = [site_record(s, r) for s, r in plan.items()] + [unreadable_record(u) for u in unreadable]
-        return chosen, GraphRecord(compile_id(), plain.saved_bytes(), chosen.saved_bytes(), tuple(records))
+        return chosen, graph_record(plain, chosen, plan, unreadable, self._config.min_numel)
 
     def _rewritten(
         self, plain: Partition, plan: dict[Site, Representation]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from fewbit_fx.passes.derivative import Derivative, NotEvaluableError
 from fewbit_fx.passes.graph import constant_value, is_pointwise
-from fewbit_fx.passes.sites import DerivativeSite, Site
+from fewbit_fx.passes.sites import MaskSite, Site
 from torch import fx
 
 import fewbit_fx.codec
@@ -41,20 +41,29 @@ def source_line(node: fx.Node) -> str:
 
 def function_name(site: Site) -> str:
     """The activation's name, ``dropout``, ``mask``, ``product`` or ``custom``."""
-    if isinstance(site, DerivativeSite):
-        return "product" if site.is_gate else _name(site.derivative) or "custom"
-    if _comes_from_chance(site.mask):
-        return "dropout"
-    return (site.derivative and _name(site.derivative)) or "mask"
+    if isinstance(site, MaskSite):
+        if _comes_from_chance(site.mask):
+            return "dropout"
+        return (site.derivative and _activation(site.derivative)) or "mask"
+    if site.is_gate:
+        return "product"
+    return _activation(site.derivative) or ("product" if _is_product(site.derivative) else "custom")
 
 
 @functools.lru_cache(maxsize=1024)
-def _name(derivative: Derivative) -> str | None:
+def _activation(derivative: Derivative) -> str | None:
     try:
-        known = recognise(derivative.evaluated)
-        return known or ("product" if is_affine(derivative.evaluated) else None)
+        return recognise(derivative.evaluated)
     except NotEvaluableError:  # the plan gives the reason
         return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_product(derivative: Derivative) -> bool:
+    try:
+        return is_affine(derivative.evaluated)
+    except NotEvaluableError:
+        return False
 
 
 def _comes_from_chance(node: fx.Node) -> bool:

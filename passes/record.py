@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fewbit_fx.passes.attribution import Leftover, Share, attribute
 from fewbit_fx.passes.graph import value_of
+from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.provenance import function_name, module_path, source_line
-from fewbit_fx.passes.representation import Coded, Exact, Representation, code_bytes
+from fewbit_fx.passes.representation import Coded, Exact, Representation
 from fewbit_fx.passes.sites import DerivativeSite, Site, Unreadable, anchor
 from torch import fx
 
-from fewbit_fx._torch import nbytes
+from fewbit_fx._torch import compile_id, hint
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,13 @@ class SiteRecord:
         dtype: Of the tensor, such as ``bfloat16``.
         action: ``coded in 3 bits``, ``exact one-bit mask`` or ``left exact``.
         reason: Why it was left exact, or "".
-        bytes_before: Bytes of the tensor that the derivative would otherwise be computed from.
-        bytes_after: Bytes saved in its place; equal to ``bytes_before`` where left exact.
+        bytes_before: Bytes of the saved storages that count for this row under torch.compile's own partition:
+            those that the derivative would otherwise be computed from. Each storage counts for one row, so 0
+            where nothing is saved for this site, or where it counts for an earlier one.
+        bytes_after: The same under the partition that is used, codes included.
         relative_error: Of the derivative, root mean square over the codebook's density; 0 if exact.
         levels: The codebook's levels; empty if exact.
+        small: Whether the tensor has fewer than ``min_numel`` elements.
     """
 
     module: str
@@ -43,6 +49,33 @@ class SiteRecord:
     bytes_after: int
     relative_error: float
     levels: tuple[float, ...] = ()
+    small: bool = False
+
+
+@dataclass(frozen=True)
+class OtherRecord:
+    """One storage that is saved for the backward and counts for no site.
+
+    Attributes:
+        module: Path of the module that made it, or "" for the model itself and its inputs.
+        source_line: ``file:line`` of the user's code, or "".
+        readers: The operations of the backward that bring it together with a gradient, such as ``mm`` or
+            ``native_layer_norm_backward``, sorted. Values recomputed from it are followed to theirs.
+        shape: Of a saved tensor in it; symbolic sizes as text.
+        dtype: Of this tensor.
+        bytes_before: Bytes of the storage if torch.compile's own partition saves it, else 0.
+        bytes_after: Bytes of the storage if the partition that is used saves it, else 0.
+        small: Whether the tensor has fewer than ``min_numel`` elements.
+    """
+
+    module: str
+    source_line: str
+    readers: tuple[str, ...]
+    shape: tuple[int | str, ...]
+    dtype: str
+    bytes_before: int
+    bytes_after: int
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +89,8 @@ class GraphRecord:
         fewbit_bytes: The same for the partition that is used.
         sites: Every site looked at, in graph order.
         note: Why the whole graph was left exact, or "".
+        others: All else that is saved. The bytes before of all sites and others sum to ``plain_bytes``, their
+            bytes after to ``fewbit_bytes``, by hint where sizes are symbolic.
         pass_seconds: Wall time of fewbit's own passes, without torch's cut, when the graph was
             compiled, in seconds. Not compared.
     """
@@ -65,35 +100,82 @@ class GraphRecord:
     fewbit_bytes: int
     sites: tuple[SiteRecord, ...]
     note: str = ""
+    others: tuple[OtherRecord, ...] = ()
     pass_seconds: float = field(default=0.0, compare=False)
 
+    @property
+    def rows(self) -> tuple[SiteRecord | OtherRecord, ...]:
+        """The sites, then all else that is saved."""
+        return self.sites + self.others
 
-def site_record(site: Site, representation: Representation) -> SiteRecord:
-    """The record of a site and its final representation."""
-    node = site.source if isinstance(site, DerivativeSite) else site.mask
+
+def graph_record(
+    plain: Partition,
+    chosen: Partition,
+    plan: Mapping[Site, Representation],
+    unreadable: Sequence[Unreadable],
+    min_numel: int,
+) -> GraphRecord:
+    """The record of one graph.
+
+    Args:
+        plain: torch.compile's own partition.
+        chosen: The one in use.
+        plan: The sites, in graph order, with their final representations.
+        unreadable: Regions whose derivative could not be read off the graph.
+        min_numel: Tensors of fewer elements are small.
+    """
+    coded = [site for site, representation in plan.items() if not isinstance(representation, Exact)]
+    exact = [site for site, representation in plan.items() if isinstance(representation, Exact)]
+    whose = attribute(plain, chosen, coded, [*exact, *unreadable])
+    sites = [_site_record(site, plan[site], whose.shares[site], min_numel) for site in plan]
+    sites += [_unreadable_record(region, whose.shares[region], min_numel) for region in unreadable]
+    others = tuple(_other_record(leftover, min_numel) for leftover in whose.leftovers)
+    return GraphRecord(compile_id(), plain.saved_bytes(), chosen.saved_bytes(), tuple(sites), others=others)
+
+
+def unexamined_record(plain: Partition, note: str) -> GraphRecord:
+    """The record of a graph that is left as it is, for the reason in the note."""
+    size = plain.saved_bytes()
+    everything = OtherRecord("", "", (), (), "", size, size)
+    return GraphRecord(compile_id(), size, size, (), note, (everything,))
+
+
+def _site_record(site: Site, representation: Representation, share: Share, min_numel: int) -> SiteRecord:
     codebook = representation.codebook if isinstance(representation, Coded) else None
     return SiteRecord(
         **_whereabouts(anchor(site)),
-        **_tensor(node),
+        **_tensor(site.source if isinstance(site, DerivativeSite) else site.mask, min_numel),
+        bytes_before=share.before,
+        bytes_after=share.after,
         function=function_name(site),
         action=representation.label,
         reason=representation.reason if isinstance(representation, Exact) else "",
-        bytes_after=code_bytes(site, representation) or nbytes(node),
         relative_error=codebook.relative_error if codebook else 0.0,
         levels=codebook.levels if codebook else (),
     )
 
 
-def unreadable_record(region: Unreadable) -> SiteRecord:
-    """The record of a region whose derivative could not be read off the graph."""
+def _unreadable_record(region: Unreadable, share: Share, min_numel: int) -> SiteRecord:
     return SiteRecord(
         **_whereabouts(region.exit),
-        **_tensor(region.exit),
+        **_tensor(region.exit, min_numel),
+        bytes_before=share.before,
+        bytes_after=share.after,
         function="custom",
         action=Exact.label,
         reason=region.reason,
-        bytes_after=nbytes(region.exit),
         relative_error=0.0,
+    )
+
+
+def _other_record(leftover: Leftover, min_numel: int) -> OtherRecord:
+    return OtherRecord(
+        **_whereabouts(leftover.node),
+        **_tensor(leftover.node, min_numel),
+        bytes_before=leftover.share.before,
+        bytes_after=leftover.share.after,
+        readers=leftover.readers,
     )
 
 
@@ -101,10 +183,10 @@ def _whereabouts(node: fx.Node) -> dict[str, Any]:
     return {"module": module_path(node), "source_line": source_line(node)}
 
 
-def _tensor(node: fx.Node) -> dict[str, Any]:
+def _tensor(node: fx.Node, min_numel: int) -> dict[str, Any]:
     value = value_of(node)
     return {
         "shape": tuple(n if isinstance(n, int) else str(n) for n in value.shape),
         "dtype": str(value.dtype).removeprefix("torch."),
-        "bytes_before": nbytes(node),
+        "small": hint(value.numel()) < min_numel,
     }

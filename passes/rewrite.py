@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from fewbit_fx.passes.graph import after, by_name, description, output_values, placeholders, splice, trace, value_of
 from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.representation import Coded, Exact, PackedMask, Representation
-from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
+from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site, anchor
 from torch import Tensor, fx
 
 PREFIX = "fewbit_plane"
+SITE = "fewbit_site"  # key of a plane's metadata: the name of the anchor of the first site that saves it
 
 
 class SiteError(Exception):
@@ -42,6 +43,7 @@ def rewrite(partition: Partition, plan: Mapping[Site, Representation]) -> Partit
             rewriter.rewrite(site, representation)
         except Exception as fault:  # of ours, or of a user's operator in the trace
             raise SiteError(site) from fault
+        rewriter.attribute(site)
     return rewriter.finish()
 
 
@@ -107,6 +109,13 @@ class _Rewriter:
         trace_key = "unpack", packed.layout(site), description(site.mask)
         (unpacked,) = splice(self._traced(trace_key, unpack, inputs), inputs, min(readers), readers[0])
         mask.replace_all_uses_with(unpacked)
+
+    def attribute(self, site: Site) -> None:
+        """Note on the planes that are new whose they are."""
+        for plane in reversed(self._planes):
+            if SITE in plane.meta:
+                return
+            plane.meta[SITE] = anchor(site).name
 
     def finish(self) -> Partition:
         """Drop what is no longer saved, from both graphs alike, and save the planes."""

@@ -100,10 +100,14 @@ Site = DerivativeSite | MaskSite
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A region that multiplies the gradient by something that cannot be read off; the reason says why."""
+    """A region that multiplies the gradient by something that cannot be read off; the reason says why.
+
+    ``factors`` are the forward tensors that it reads.
+    """
 
     exit: fx.Node
     reason: str
+    factors: tuple[fx.Node, ...] = ()
 
 
 def find_sites(graph: fx.Graph, computed: Collection[str]) -> tuple[list[Site], list[Unreadable]]:
@@ -205,7 +209,7 @@ def _find_regions(graph: fx.Graph, backward: set[fx.Node]) -> tuple[dict[_Region
         try:
             regions[region] = region.derivative()
         except NotEvaluableError as reason:
-            unreadable.append(Unreadable(exit_node, str(reason)))
+            unreadable.append(Unreadable(exit_node, str(reason), region.factors))
     return regions, unreadable
 
 

@@ -63,6 +63,12 @@ def watch(function: Callable[..., Any], *args: Any, config: FewBitConfig = STRIC
     return Seen(partitioner.sites, partitioner.plain, partitioner.chosen, record, output)
 
 
+def check_sums(record: GraphRecord) -> None:
+    """Every saved byte counts for one row, and no row counts others."""
+    assert sum(row.bytes_before for row in record.rows) == record.plain_bytes
+    assert sum(row.bytes_after for row in record.rows) == record.fewbit_bytes
+
+
 def targets(graph_module: Any) -> list[str]:
     """Names of the operations of a graph, in order."""
     return [str(n.target) for n in graph_module.graph.nodes if n.op == "call_function"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import fewbit_fx
 from fewbit_fx._torch import partition_settings
+from fewbit_fx.report_cache import RecordFile
 
 
 class Model(nn.Module):
@@ -135,7 +137,21 @@ def test_a_report_survives_a_warm_start() -> None:
         torch.compile(model, backend=backend)(x).sum().backward()
         reports.append(backend.last_report())
     assert reports[0].sites == reports[1].sites != ()
+    assert reports[0].rows == reports[1].rows != reports[0].sites
     assert reports[0].graphs[0].pass_seconds == reports[1].graphs[0].pass_seconds > 0
+
+
+def test_a_record_file_of_another_format_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    records = list(fewbit_fx.explain(mlp(nn.GELU()), torch.randn(128, 32)).graphs)
+    file = RecordFile(torch.fx.symbolic_trace(nn.Identity()), [torch.randn(2)], "key")
+    file.write(records)
+    assert file.read(records[0].compile_id) == records
+    (path,) = tmp_path.rglob("*.json")
+    (data,) = json.loads(path.read_text())
+    for other in ([{k: v for k, v in data.items() if k != "others"}], [{**data, "new": 1}], {"graphs": []}, 5):
+        path.write_text(json.dumps(other))
+        assert file.read("0/0") == []
 
 
 def test_a_warm_start_tells_autocast_dtypes_apart() -> None:

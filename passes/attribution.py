@@ -1,0 +1,150 @@
+"""Which row of a report counts which saved bytes: each storage counts for exactly one, so that rows sum to totals.
+
+Coded sites come first, with what they freed and with their codes. Then sites left exact, with what is
+still saved for them. What no site claims is left over, and is named by what reads it in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from fewbit_fx.passes.graph import ancestors, by_name, closure, descendants, is_pointwise, tangents
+from fewbit_fx.passes.partition import Partition
+from fewbit_fx.passes.rewrite import SITE
+from fewbit_fx.passes.sites import MaskSite, Site, Unreadable, anchor
+from torch import fx
+
+from fewbit_fx._torch import storage_nbytes
+
+Claimant = Site | Unreadable
+
+
+@dataclass(frozen=True)
+class Share:
+    """Bytes of the storages that count for one row: saved by torch.compile's partition, and by the one in use."""
+
+    before: int = 0
+    after: int = 0
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A saved storage that no site claims.
+
+    Attributes:
+        node: Of the forward, whose value it holds.
+        readers: Names of the operations of the backward that bring it together with a gradient, sorted.
+        share: Its bytes.
+    """
+
+    node: fx.Node
+    readers: tuple[str, ...]
+    share: Share
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """All that two partitions save, with whom it counts for."""
+
+    shares: Mapping[Claimant, Share]
+    leftovers: tuple[Leftover, ...]
+
+
+def attribute(plain: Partition, chosen: Partition, coded: Iterable[Site], exact: Iterable[Claimant]) -> Attribution:
+    """Share out the saved storages of both partitions.
+
+    Args:
+        plain: torch.compile's own partition.
+        chosen: The one in use, a rewritten copy or the same.
+        coded: The sites that have codes in ``chosen``, in the order of its rewrite.
+        exact: All others.
+    """
+    ledger = _Ledger(plain, chosen)
+    shares: dict[Claimant, Share] = {site: ledger.coded(site) for site in coded}
+    shares |= {claimant: ledger.exact(claimant) for claimant in exact}
+    return Attribution(shares, tuple(ledger.leftovers()))
+
+
+class _Ledger:
+    """The storages that are not counted yet, by key."""
+
+    def __init__(self, plain: Partition, chosen: Partition) -> None:
+        self._backward = plain.backward.graph, chosen.backward.graph
+        self._before, self._after = _storages(plain), _storages(chosen)
+        self._saved_after = frozenset(self._after)
+        self._storage_of = {n.name: key for key, nodes in self._before.items() for n in nodes}
+        self._nodes = by_name(plain.backward.graph)
+        self._codes: dict[str, list[object]] = {}
+        for key, (node, *_) in self._after.items():
+            if SITE in node.meta:
+                self._codes.setdefault(node.meta[SITE], []).append(key)
+
+    def coded(self, site: Site) -> Share:
+        """The site's codes, and what its exact factors were computed from and is no longer saved."""
+        freed = self._leaves(site, ancestors) - self._saved_after
+        return self._take([*freed, *self._codes.get(anchor(site).name, ())])
+
+    def exact(self, claimant: Claimant) -> Share:
+        """What is saved of the values from which the factors follow element by element."""
+        return self._take(self._leaves(claimant, _elementwise_ancestors) & self._saved_after)
+
+    def leftovers(self) -> Iterator[Leftover]:
+        """What is not counted yet, in the order in which it is saved."""
+        readers = [_readers(graph) for graph in self._backward]
+        for i, storages in enumerate((dict(self._before), dict(self._after))):
+            for key, nodes in storages.items():
+                if key in self._before or key in self._after:
+                    names = {name for n in nodes for name in readers[i].get(n.name, ())}
+                    yield Leftover(nodes[0], tuple(sorted(names)), self._take([key]))
+
+    def _leaves(self, claimant: Claimant, walk: Callable[[list[fx.Node]], set[fx.Node]]) -> set[object]:
+        """Storages that ``plain`` saves and from which the backward computes the exact factors."""
+        factors = (claimant.mask,) if isinstance(claimant, MaskSite) else claimant.factors
+        roots = [self._nodes[n.name] for n in factors if n.name in self._nodes]
+        return {self._storage_of[n.name] for n in walk(roots) if n.name in self._storage_of}
+
+    def _take(self, keys: Iterable[object]) -> Share:
+        """Count these storages, but for those that count already."""
+        keys = list(keys)
+        before, after = (sum(_nbytes(uncounted.pop(k, [])) for k in keys) for uncounted in (self._before, self._after))
+        return Share(before, after)
+
+
+def _storages(partition: Partition) -> dict[object, list[fx.Node]]:
+    """The saved storages by a key that holds for copies of the partition too."""
+    found = partition.saved_storages()
+    return {key.name if isinstance(key, fx.Node) else key: nodes for key, nodes in found.items()}
+
+
+def _nbytes(nodes: list[fx.Node]) -> int:
+    """Bytes of the storage that these nodes are views of, as Partition.saved_bytes counts it."""
+    return max(map(storage_nbytes, nodes), default=0)
+
+
+def _elementwise_ancestors(roots: list[fx.Node]) -> set[fx.Node]:
+    """The roots and what they follow from element by element, not by way of a reduction."""
+    return closure(roots, lambda n: n.all_input_nodes if is_pointwise(n) or _is_view(n) else ())
+
+
+def _is_view(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def _readers(backward: fx.Graph) -> dict[str, set[str]]:
+    """For each node's name the operations that bring it, or what is recomputed from it, together with a gradient."""
+    gradients = descendants(tangents(backward))
+    found: dict[str, set[str]] = {}
+    for node in reversed(backward.nodes):
+        if node in gradients and node.op == "call_function":
+            found[node.name] = {_operation(node)}
+        else:
+            found[node.name] = set().union(*(found[user.name] for user in node.users))
+    return found
+
+
+def _operation(node: fx.Node) -> str:
+    """The operation that the node was decomposed from, as ``native_layer_norm_backward``."""
+    target = node.meta.get("original_aten") or node.target
+    return str(getattr(target, "__name__", target)).split(".")[0]
