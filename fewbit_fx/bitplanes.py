@@ -59,6 +59,13 @@ class BitPlanes:
         """How many parts :meth:`split` makes."""
         return 2 if self._has_rest_apart(x) else 1
 
+    def has_an_empty_part(self, x: Tensor) -> bool:
+        """Whether all elements are in the last of two parts, at the size at which a symbolic one was first seen.
+
+        Inductor does not lower a view of an empty tensor of symbolic size.
+        """
+        return self._has_rest_apart(x) and hint(x.numel()) <= self._block
+
     def join(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """The tensor, of the shape of another, whose parts these are."""
         if self._fills(like):

@@ -14,6 +14,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fewbit_fx._torch import has_size_from_data, hint, size_symbols
+from fewbit_fx.bitplanes import plane_layout
 from fewbit_fx.coding import Coding, fit_coding
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.functions import is_affine
@@ -49,6 +50,9 @@ def choose(site: Site, config: FewBitConfig, symbols: Set[object] = frozenset())
         return Exact(f"it has {elements:,} elements, fewer than min_numel = {config.min_numel:,}")
     if elements == 0:
         return Exact(EMPTY)
+    stored = value_of(_forward_nodes(site)[0])
+    if plane_layout(stored).has_an_empty_part(stored):
+        return Exact(f"its size is symbolic, and its {elements:,} elements do not fill a block of bits")
     if any(n.meta.get("recompute") in _RECOMPUTE for n in _forward_nodes(site)):
         return Exact("activation checkpointing computes it again in the backward")
     if isinstance(site, MaskSite):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import STRICT, gradients, mlp, watch
+from helpers import STRICT, check_interface, gradients, mlp, watch
 from torch import Tensor, nn
 
 import fewbit_fx
@@ -100,3 +100,82 @@ def test_the_cache_key_covers_sources_and_options() -> None:
     keys = [key(), key(bits=2), key(min_numel=1), key(max_relative_error=0.1), key(derivatives=False), key(masks=False)]
     keys.append(key(strict=True))
     assert len(set(keys)) == len(keys) == 1 + len(fewbit_fx.FewBitConfig.option_names())
+
+
+@torch.library.custom_op("fewbit_tests::slope_of_float32", mutates_args=(), tags=(torch.Tag.pointwise,))
+def slope_of_float32(x: Tensor) -> Tensor:
+    assert x.dtype == torch.float32
+    return 1 - torch.tanh(x) ** 2
+
+
+@torch.library.custom_op("fewbit_tests::slope_of_whole_rows", mutates_args=(), tags=(torch.Tag.pointwise,))
+def slope_of_whole_rows(x: Tensor) -> Tensor:
+    if x.shape[-1] != 64:
+        raise KeyError(x.shape)
+    return 1 - torch.tanh(x) ** 2
+
+
+for operator in (slope_of_float32, slope_of_whole_rows):
+    operator.register_fake(torch.empty_like)
+
+
+class ByOperator(torch.autograd.Function):
+    """tanh, with a user's operator as its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g * ctx.slope(ctx.saved_tensors[0]), None
+
+
+@pytest.mark.parametrize("slope", [slope_of_float32, slope_of_whole_rows])
+def test_an_operator_that_raises_leaves_its_own_site_exact(slope: Any) -> None:
+    frozen, x = torch.eye(64), torch.randn(64, 64, requires_grad=True)
+    seen = watch(lambda x: nn.functional.gelu(nn.functional.linear(ByOperator.apply(x * 2, slope), frozen)) @ frozen, x)
+    actions = {s.function: s.action for s in seen.record.sites}
+    assert actions == {"gelu": "coded in 3 bits", "custom": "left exact"}
+    (reason,) = (s.reason for s in seen.record.sites if s.function == "custom")
+    assert reason.startswith("its derivative cannot be evaluated: ")
+
+
+def fail_for_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rewrite of one site fails halfway, with a plane already in the graph."""
+    from fewbit_fx.passes.representation import Coded
+
+    original = Coded.gradient
+
+    def gradient(self: Coded, site: Any, g: Tensor, planes: Any) -> Tensor:
+        if max(self.codebook.levels) <= 1:  # tanh's, not GELU's
+            raise RuntimeError("made to fail")
+        return original(self, site, g, planes)
+
+    monkeypatch.setattr(Coded, "gradient", gradient)
+
+
+def two_functions(x: Tensor) -> Tensor:
+    frozen = torch.eye(64)
+    return nn.functional.gelu(torch.tanh(x @ frozen) @ frozen) @ frozen
+
+
+def test_a_fault_at_one_site_leaves_the_others_coded(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_for_tanh(monkeypatch)
+    x = torch.randn(64, 64, requires_grad=True)
+    with pytest.warns(
+        UserWarning, match="left one site of a graph exact after a fault of its own .*made to fail"
+    ) as caught:
+        seen = watch(two_functions, x, config=fewbit_fx.FewBitConfig(min_numel=0))
+    assert len([w for w in caught if "fewbit-fx" in str(w.message)]) == 1
+    assert {s.function: s.action for s in seen.record.sites} == {"gelu": "coded in 3 bits", "tanh": "left exact"}
+    assert "made to fail" in seen.happened("tanh")[0].reason
+    check_interface(seen.chosen)
+
+
+def test_strict_raises_the_fault_of_one_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_for_tanh(monkeypatch)
+    with pytest.raises(Exception, match="made to fail"):
+        watch(two_functions, torch.randn(64, 64, requires_grad=True))
