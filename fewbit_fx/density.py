@@ -20,6 +20,19 @@ _TAIL = 6.0  # of Normal, from the mean to the end of the interval
 
 
 @dataclass(frozen=True)
+class Extent:
+    """Where a derivative varies.
+
+    Attributes:
+        reach: On [-reach, reach] only, but for a small share of its range.
+        ends: Far points, at most one on each side, where it has its limit; none on a side where it never settles.
+    """
+
+    reach: float
+    ends: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Uniform:
     """Every x of an interval alike.
 
@@ -38,9 +51,9 @@ class Uniform:
             if not ends:
                 raise ValueError(f"Uniform's ends must be finite and ascend; got low={self.low!r}, high={self.high!r}")
 
-    def points(self, reach: Callable[[], float]) -> tuple[Array, Array]:
-        """Points x and their weights, both of shape (n,); ``reach()`` is the r of [-r, r]."""
-        low, high = (-(r := reach()), r) if self.low is None or self.high is None else (self.low, self.high)
+    def points(self, extent: Callable[[], Extent]) -> tuple[Array, Array]:
+        """Points x and their weights, both of shape (n,); ``extent()`` has the r of [-r, r]."""
+        low, high = (-(r := extent().reach), r) if self.low is None or self.high is None else (self.low, self.high)
         x = np.linspace(low, high, _POINTS)
         return x, np.full(len(x), 1 / len(x))
 
@@ -64,7 +77,7 @@ class Normal:
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(f"Normal takes a finite mean and a std above 0; got {self.mean!r} and {self.std!r}")
 
-    def points(self, reach: Callable[[], float]) -> tuple[Array, Array]:
+    def points(self, extent: Callable[[], Extent]) -> tuple[Array, Array]:
         """Points x and their weights, both of shape (n,)."""
         z = np.linspace(-_TAIL, _TAIL, _POINTS)
         return self.mean + self.std * z, _bell(z)
@@ -81,10 +94,10 @@ class Typical:
     varies, on a uniform floor of one tenth for the tails.
     """
 
-    def points(self, reach: Callable[[], float]) -> tuple[Array, Array]:
-        """Points x and their weights, both of shape (n,); ``reach()`` is the end of the interval."""
+    def points(self, extent: Callable[[], Extent]) -> tuple[Array, Array]:
+        """Points x and their weights, both of shape (n,); ``extent()`` has the end of the interval."""
         z = np.linspace(-1.0, 1.0, _POINTS)
-        return reach() * z, 0.9 * _bell(_DEVIATIONS * z) + 0.1 / len(z)
+        return extent().reach * z, 0.9 * _bell(_DEVIATIONS * z) + 0.1 / len(z)
 
     def __str__(self) -> str:
         return "typical (normal on a uniform floor, where it varies)"
@@ -107,7 +120,7 @@ class Observed:
                 f"got shape {tuple(self.x.shape)}, {self.x.dtype}"
             )
 
-    def points(self, reach: Callable[[], float]) -> tuple[Array, Array]:
+    def points(self, extent: Callable[[], Extent]) -> tuple[Array, Array]:
         """Points x and their weights, both of shape (n,)."""
         with real_mode():
             x = self.x.detach().double().flatten().cpu().numpy()
