@@ -16,6 +16,10 @@ from fewbit_fx.levels import Array
 
 _POINTS = 16_385
 _DEVIATIONS = 3.0  # of Typical, from 0 to the end of the interval
+_BEYOND = 0.015  # weight of Typical beyond the interval
+_BEYOND_TO = 10.0  # times the interval's end
+_BEYOND_POINTS = 512
+_AT_LIMITS = 0.02  # weight of Typical where f' has its limits
 _TAIL = 6.0  # of Normal, from the mean to the end of the interval
 
 
@@ -91,16 +95,26 @@ class Typical:
     """What the backend and the drop-in modules assume of pre-activations they have not seen.
 
     Normal around 0, with three standard deviations to the end of the interval where the function
-    varies, on a uniform floor of one tenth for the tails.
+    varies, on a uniform floor of one tenth for the tails. A few per cent lie beyond the interval, and
+    where the derivative has its limits: saturated units must not keep a gradient that more bits do not
+    remove.
     """
 
     def points(self, extent: Callable[[], Extent]) -> tuple[Array, Array]:
-        """Points x and their weights, both of shape (n,); ``extent()`` has the end of the interval."""
+        """Points x and their weights, both of shape (n,)."""
+        found = extent()
         z = np.linspace(-1.0, 1.0, _POINTS)
-        return extent().reach * z, 0.9 * _bell(_DEVIATIONS * z) + 0.1 / len(z)
+        x, weights = [found.reach * z], [0.9 * _bell(_DEVIATIONS * z) + 0.1 / len(z)]
+        for end in found.ends:
+            farthest = max(found.reach, min(_BEYOND_TO * found.reach, abs(end)))
+            beyond = math.copysign(1.0, end) * np.geomspace(found.reach, farthest, _BEYOND_POINTS)
+            x += [beyond, np.array([end])]
+            weights += [np.full(_BEYOND_POINTS, _BEYOND / 2 / _BEYOND_POINTS), np.array([_AT_LIMITS / 2])]
+        together = np.concatenate(weights)
+        return np.concatenate(x), together / together.sum()
 
     def __str__(self) -> str:
-        return "typical (normal on a uniform floor, where it varies)"
+        return "typical (normal on a uniform floor where it varies, and a few per cent beyond)"
 
 
 @dataclass(frozen=True, eq=False)

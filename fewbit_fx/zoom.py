@@ -65,4 +65,4 @@ def _peaks(score: Array) -> npt.NDArray[np.int64]:
     stretches = np.pad(peak, (0, width * _STRETCHES - len(score))).reshape(_STRETCHES, width)
     most = np.argsort(stretches, 1)[:, -_PER_STRETCH:] + width * np.arange(_STRETCHES)[:, None]
     inside = most[most < len(score)]
-    return inside[peak[inside] > 0]
+    return np.asarray(inside[peak[inside] > 0], dtype=np.int64)
