@@ -16,7 +16,24 @@ from fewbit_fx.levels import Array
 
 _POINTS = 16_385
 _DEVIATIONS = 3.0  # of Typical, from 0 to the end of the interval
+_BEYOND = 0.015  # weight of Typical beyond the interval
+_BEYOND_TO = 10.0  # times the interval's end
+_BEYOND_POINTS = 512
+_AT_LIMITS = 0.02  # weight of Typical where f' has its limits
 _TAIL = 6.0  # of Normal, from the mean to the end of the interval
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a derivative varies.
+
+    Attributes:
+        reach: On [-reach, reach] only, but for a small share of its range.
+        ends: Far points, at most one on each side, where it has its limit; none on a side where it never settles.
+    """
+
+    reach: float
+    ends: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,9 +55,9 @@ class Uniform:
             if not ends:
                 raise ValueError(f"Uniform's ends must be finite and ascend; got low={self.low!r}, high={self.high!r}")
 
-    def points(self, reach: Callable[[], float]) -> tuple[Array, Array]:
-        """Points x and their weights, both of shape (n,); ``reach()`` is the r of [-r, r]."""
-        low, high = (-(r := reach()), r) if self.low is None or self.high is None else (self.low, self.high)
+    def points(self, extent: Callable[[], Extent]) -> tuple[Array, Array]:
+        """Points x and their weights, both of shape (n,); ``extent()`` has the r of [-r, r]."""
+        low, high = (-(r := extent().reach), r) if self.low is None or self.high is None else (self.low, self.high)
         x = np.linspace(low, high, _POINTS)
         return x, np.full(len(x), 1 / len(x))
 
@@ -64,7 +81,7 @@ class Normal:
         if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std > 0):
             raise ValueError(f"Normal takes a finite mean and a std above 0; got {self.mean!r} and {self.std!r}")
 
-    def points(self, reach: Callable[[], float]) -> tuple[Array, Array]:
+    def points(self, extent: Callable[[], Extent]) -> tuple[Array, Array]:
         """Points x and their weights, both of shape (n,)."""
         z = np.linspace(-_TAIL, _TAIL, _POINTS)
         return self.mean + self.std * z, _bell(z)
@@ -78,16 +95,26 @@ class Typical:
     """What the backend and the drop-in modules assume of pre-activations they have not seen.
 
     Normal around 0, with three standard deviations to the end of the interval where the function
-    varies, on a uniform floor of one tenth for the tails.
+    varies, on a uniform floor of one tenth for the tails. A few per cent lie beyond the interval, and
+    where the derivative has its limits: saturated units must not keep a gradient that more bits do not
+    remove.
     """
 
-    def points(self, reach: Callable[[], float]) -> tuple[Array, Array]:
-        """Points x and their weights, both of shape (n,); ``reach()`` is the end of the interval."""
+    def points(self, extent: Callable[[], Extent]) -> tuple[Array, Array]:
+        """Points x and their weights, both of shape (n,)."""
+        found = extent()
         z = np.linspace(-1.0, 1.0, _POINTS)
-        return reach() * z, 0.9 * _bell(_DEVIATIONS * z) + 0.1 / len(z)
+        x, weights = [found.reach * z], [0.9 * _bell(_DEVIATIONS * z) + 0.1 / len(z)]
+        for end in found.ends:
+            farthest = max(found.reach, min(_BEYOND_TO * found.reach, abs(end)))
+            beyond = math.copysign(1.0, end) * np.geomspace(found.reach, farthest, _BEYOND_POINTS)
+            x += [beyond, np.array([end])]
+            weights += [np.full(_BEYOND_POINTS, _BEYOND / 2 / _BEYOND_POINTS), np.array([_AT_LIMITS / 2])]
+        together = np.concatenate(weights)
+        return np.concatenate(x), together / together.sum()
 
     def __str__(self) -> str:
-        return "typical (normal on a uniform floor, where it varies)"
+        return "typical (normal on a uniform floor where it varies, and a few per cent beyond)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +134,7 @@ class Observed:
                 f"got shape {tuple(self.x.shape)}, {self.x.dtype}"
             )
 
-    def points(self, reach: Callable[[], float]) -> tuple[Array, Array]:
+    def points(self, extent: Callable[[], Extent]) -> tuple[Array, Array]:
         """Points x and their weights, both of shape (n,)."""
         with real_mode():
             x = self.x.detach().double().flatten().cpu().numpy()

@@ -167,7 +167,7 @@ def _is_one_function(a: Array, b: Array) -> bool:
 def is_affine(derivative: Function) -> bool:
     """Whether the derivative is a * x + b: then the site is a product, or a square, not an activation."""
     values = derivative(_PROBE)
-    return bool(np.allclose(np.diff(values, 2), 0.0, atol=1e-9 * max(1.0, float(np.abs(values).max()))))
+    return bool(np.allclose(np.diff(values, 2), 0.0, atol=1e-9 * float(np.abs(values).max())))
 
 
 @functools.cache

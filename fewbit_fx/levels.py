@@ -25,13 +25,24 @@ class Codebook:
 
     Attributes:
         levels: At most 2^bits of them, ascending.
-        relative_error: Root mean square of (level - value) over that of the value, a ratio.
-        mean_squared_error: Weighted mean of (level - value)^2.
+        relative_error: Root mean square of (nearest level - f'(x)) over that of f'(x), a ratio, both means
+            weighted by the density of x that the codebook was fitted for. With the typical density x
+            reaches beyond where f' varies, to its limits. It predicts the relative error of a gradient that
+            is multiplied by f'(x), for x of that density.
+        mean_squared_error: Mean of (nearest level - f'(x))^2, weighted alike.
+
+    Raises:
+        ArithmeticError: A number that is not finite. No input may lead here: it is a fault of the fit.
     """
 
     levels: tuple[float, ...]
     relative_error: float
     mean_squared_error: float
+
+    def __post_init__(self) -> None:
+        numbers = (*self.levels, *self.boundaries, self.relative_error, self.mean_squared_error)
+        if not all(map(math.isfinite, numbers)):
+            raise ArithmeticError(f"a codebook's numbers must be finite; got {self}")
 
     @property
     def bits(self) -> int:

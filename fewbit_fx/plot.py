@@ -6,14 +6,15 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from fewbit_fx.levels import Codebook
+from fewbit_fx.levels import Array, Codebook
 from fewbit_fx.sampling import Sample
 
 
 def plot_codebook(title: str, book: Codebook, sample: Sample, path: Path) -> None:
-    """Draw a derivative with its levels, and the error below, over the sampled x.
+    """Draw a derivative with its levels, and the error below, over the interval where the sampled x are dense.
 
     Args:
         title: Above the figure.
@@ -22,6 +23,7 @@ def plot_codebook(title: str, book: Codebook, sample: Sample, path: Path) -> Non
         path: Of the image; its suffix chooses the format.
     """
     order = np.argsort(sample.x)
+    order = order[_is_dense(sample.x[order], sample.weights[order])]
     x, exact = sample.x[order], sample.values[order]
     coded = book.nearest(exact)
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
@@ -37,3 +39,9 @@ def plot_codebook(title: str, book: Codebook, sample: Sample, path: Path) -> Non
         bottom.set_ylabel("error")
         bottom.set_xlabel("x")
         figure.savefig(path, dpi=150)
+
+
+def _is_dense(x: Array, weights: Array) -> npt.NDArray[np.bool_]:
+    """Whether x, ascending, lies within one and a half times the interval that holds 95 % of the weight."""
+    low, high = x[np.minimum(np.searchsorted(np.cumsum(weights), (0.025, 0.975)), len(x) - 1)]
+    return np.asarray(np.abs(x - (low + high) / 2) <= 0.75 * (high - low), dtype=np.bool_)

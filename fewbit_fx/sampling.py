@@ -6,20 +6,30 @@ so that ``c * tanh(x / c)`` is sampled on an interval that grows with c.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from fewbit_fx.density import Density
+from fewbit_fx.density import Density, Extent
 from fewbit_fx.levels import Array
+from fewbit_fx.zoom import zoom
 
 Function = Callable[[Array], Array]
 
 _LINE = 1e6  # the real line, for practical purposes
 _COARSE_POINTS = 20_001
+_FAR = 1e30  # where even |x|^0.001 has left the range that it has on the line; its cube is finite in float64
+_FAR_POINTS = 257
 _SETTLED = 1e-2  # share of the derivative's range within which it counts as having reached its limit
-_PERIODIC_WINDOW = 100.0  # for derivatives that never settle
+_WINDOWS = (1e2, 1e3, 1e4, 1e5)  # for derivatives that never settle: the first that shows nearly all their values
+_TAIL_TOLERANCE = 2 * _SETTLED  # share of the sampled range by which values elsewhere may leave it
+_NEAR_TOLERANCE = 0.3  # the same of values between the points of the grid
+_LEAST, _MOST = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+_GROWS = "its derivative grows without bound"
+_GROWS_NEAR = "its derivative grows without bound near a point"
 
 
 class NotCodableError(ValueError):
@@ -50,30 +60,46 @@ def sample_derivative(derivative: Function, density: Density) -> Sample:
             found, and the derivative must be bounded on the whole line.
 
     Raises:
-        NotCodableError: The derivative is unbounded, undefined on much of the line, or constant.
+        NotCodableError: The derivative is unbounded, undefined on much of the line, constant, or does not show
+            its range within any interval that could be sampled.
     """
-    x, weights = density.points(lambda: _reach(derivative))
+    x, weights = density.points(lambda: _extent(derivative))
     values = _evaluate(derivative, x)
     defined = np.isfinite(values)
     if weights[defined].sum() < 0.99 * weights.sum():
         raise NotCodableError("its derivative is not defined on much of the interval where it varies")
-    weights = weights[defined]
-    return Sample(x[defined], values[defined], weights / weights.sum())
+    x, values, weights = x[defined], values[defined], weights[defined]
+    largest = float(np.abs(values).max())
+    if not (largest == 0 or _LEAST <= largest <= _MOST):
+        raise NotCodableError(f"its derivative is of size {largest:.0e}, which float32 cannot hold")
+    return Sample(x, values, weights / weights.sum())
 
 
-def _reach(derivative: Function) -> float:
-    """The least r such that the derivative varies on [-r, r] only."""
-    x = symmetric_grid(_LINE, _COARSE_POINTS)
+def _extent(derivative: Function) -> Extent:
+    """Where the derivative varies, of one that is bounded on the whole line."""
+    x = _whole_line()
     values = _evaluate(derivative, x)
-    defined = np.isfinite(values)
+    defined = _is_defined(values)
     if defined[np.abs(x) < 10].mean() < 0.99:
         raise NotCodableError("its derivative is not defined on much of the real line")
     x, values = x[defined], values[defined]
-    _require_bounded(derivative, x, values)
+    _require_held(values)
     span = float(values.max() - values.min())
-    if span <= 1e-9 * max(1.0, float(np.abs(values).max())):
+    if span <= 1e-9 * float(np.abs(values).max()):
         raise NotCodableError("its derivative is constant")
-    return max(_settling_point(x, values, span), _settling_point(-x[::-1], values[::-1], span))
+    extent = _where_it_varies(x, values)
+    near = zoom(lambda x: _evaluate(derivative, x), x, values)
+    near = near[~np.isnan(near)]
+    # By each half of the grid: a point that happens to lie on a pole counts in one of them only.
+    if any(_outside(near, half) > _NEAR_TOLERANCE for half in (values[::2], values[1::2])):
+        raise NotCodableError(_GROWS_NEAR)
+    return extent
+
+
+def _whole_line() -> Array:
+    """Points ever denser towards 0, and a few far beyond what any data hold, where slow growth shows."""
+    far = np.geomspace(_LINE, _FAR, _FAR_POINTS)[1:]
+    return np.concatenate((-far[::-1], symmetric_grid(_LINE, _COARSE_POINTS), far))
 
 
 def symmetric_grid(reach: float, points: int) -> Array:
@@ -83,21 +109,55 @@ def symmetric_grid(reach: float, points: int) -> Array:
     return np.asarray(scale * np.sinh(t), dtype=np.float64)
 
 
-def _require_bounded(derivative: Function, x: Array, values: Array) -> None:
-    """Neither the far tails nor a finer look may show a much larger derivative."""
-    inner = np.abs(values[np.abs(x) <= 1e-3 * _LINE]).max()
-    if np.abs(values).max() > 1.5 * inner + 1e-9:
-        raise NotCodableError("its derivative grows without bound")
-    fine = _evaluate(derivative, symmetric_grid(_LINE, 8 * _COARSE_POINTS))
-    if np.abs(fine[np.isfinite(fine)]).max() > 1.5 * inner + 1e-9:
-        raise NotCodableError("its derivative grows without bound near a point")
+def _is_defined(values: Array) -> npt.NDArray[np.bool_]:
+    """Where a derivative is not NaN, nor overflows on the way to NaN.
+
+    Far out, a function written by hand may be inf / inf, as x * exp(x) / (1 + exp(x)) is; a little nearer, only
+    its numerator has overflowed. A derivative that really grows is infinite to the end.
+    """
+    defined = ~np.isnan(values)
+    if defined.any():
+        for outwards in (slice(None), slice(None, None, -1)):
+            finite_from = int(np.isfinite(values[outwards]).argmax())
+            if not defined[outwards][0]:
+                defined[outwards][:finite_from] = False
+    return defined
 
 
-def _settling_point(x: Array, values: Array, span: float) -> float:
+def _require_held(values: Array) -> None:
+    """No value may be infinite, or too large for float32."""
+    lost = np.abs(values) > _MOST
+    if lost[0] or lost[-1]:
+        raise NotCodableError(_GROWS)
+    if lost.any():
+        raise NotCodableError(_GROWS_NEAR)
+
+
+def _where_it_varies(x: Array, values: Array) -> Extent:
+    """The extent; beyond its reach, no value may leave the range of those within."""
+    settled = {-1: _settling_point(-x[::-1], values[::-1]), 1: _settling_point(x, values)}
+    ends = tuple(float(x[0] if side < 0 else x[-1]) for side, point in settled.items() if point <= _LINE)
+    farthest = max(settled.values())
+    for reach in (farthest,) if farthest <= _WINDOWS[-1] else _WINDOWS:
+        within = values[np.abs(x) <= reach]
+        if _outside(values, within) <= _TAIL_TOLERANCE:
+            return Extent(reach, ends)
+    if np.abs(values).max() > (1 + _TAIL_TOLERANCE) * np.abs(within).max():
+        raise NotCodableError(_GROWS)
+    raise NotCodableError("its derivative changes beyond any interval that could be sampled")
+
+
+def _outside(values: Array, within: Array) -> float:
+    """How far values leave the range of others, as a share of that range."""
+    low, high = float(within.min()), float(within.max())
+    excess = max(float(values.max()) - high, low - float(values.min()))
+    return excess / (high - low) if high > low else math.inf * excess if excess else 0.0
+
+
+def _settling_point(x: Array, values: Array) -> float:
     """Distance from 0 beyond which the derivative stays near its limit at +infinity."""
-    unsettled = np.flatnonzero(np.abs(values - values[-1]) > _SETTLED * span)
-    last = abs(x[min(unsettled[-1] + 1, len(x) - 1)]) if len(unsettled) else 0.0
-    return float(last) if last < 1e-2 * _LINE else _PERIODIC_WINDOW
+    unsettled = np.flatnonzero(np.abs(values - values[-1]) > _SETTLED * (values.max() - values.min()))
+    return float(abs(x[min(unsettled[-1] + 1, len(x) - 1)])) if len(unsettled) else 0.0
 
 
 def _evaluate(derivative: Function, x: Array) -> Array:

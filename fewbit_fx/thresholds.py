@@ -6,6 +6,7 @@ whole tensor in memory: codes computed from f'(x) are 1.4 times slower there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,10 +34,17 @@ class Thresholds:
     Attributes:
         start: A bit for each plane, the most significant first.
         flips: For each plane float32 numbers t, ascending: the bit flips where x > t.
+
+    Raises:
+        ArithmeticError: A threshold that is not finite. No input may lead here: it is a fault of the search.
     """
 
     start: tuple[bool, ...]
     flips: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(t) for plane in self.flips for t in plane):
+            raise ArithmeticError(f"thresholds must be finite; got {self}")
 
 
 def find_thresholds(derivative: Function, codebook: Codebook, sampled: Array) -> Thresholds | None:

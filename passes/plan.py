@@ -65,7 +65,7 @@ def choose(site: Site, config: FewBitConfig, symbols: Set[object] = frozenset())
     if isinstance(coding, Exact):
         return coding
     error = coding.codebook.relative_error
-    if error > config.max_relative_error:
+    if not error <= config.max_relative_error:
         return Exact(
             f"{config.bits} bits would leave a relative error of {error:.0%}, "
             f"above max_relative_error = {config.max_relative_error:.0%}"
