@@ -9,6 +9,11 @@ from typing import Any
 from fewbit_fx.passes.record import GraphRecord, OtherRecord, SiteRecord
 from fewbit_fx.report_table import graph_lines
 
+_RELATIVE_ERROR = (
+    "rel. error: root mean square of (nearest level - f'(x)) over that of f'(x); a prediction for typical x,\n"
+    "normal where f' varies and a few per cent beyond, not measured on your data"
+)
+
 
 @dataclass(frozen=True)
 class ModelTotals:
@@ -78,7 +83,8 @@ class Report:
         graphs = ["\n".join(graph_lines(graph)) for graph in self.graphs]
         totals = f"bytes saved for backward: {_totals(self.plain_bytes, self.fewbit_bytes)}"
         before = [f"compiled before: {_model(m)} {_totals(m.plain_bytes, m.fewbit_bytes)}" for m in self.other_models]
-        return "\n\n".join([*head, *graphs, "\n".join([totals, *before])])
+        meaning = [_RELATIVE_ERROR] if any(site.relative_error for site in self.sites) else []
+        return "\n\n".join([*head, *graphs, "\n".join([*meaning, totals, *before])])
 
 
 def _saving(plain_bytes: int, fewbit_bytes: int) -> float:

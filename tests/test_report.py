@@ -56,7 +56,7 @@ def test_the_table_reads_well() -> None:
         "bits",
         "393,216",
         "36,864",
-        "6.41%",
+        "6.40%",
     ]
     assert "[1] left exact, because " in text
     assert text.splitlines()[-1].startswith("bytes saved for backward: torch.compile ")
