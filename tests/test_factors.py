@@ -14,8 +14,6 @@ from helpers import STRICT, CodedActivation, close_to_oracle, watch
 from test_sites import Builder, tanh_backward
 from torch import Tensor, nn
 
-import fewbit_fx
-
 Activation = Callable[[Tensor], Tensor]
 FROZEN = torch.randn(64, 64) / 8
 TARGET = torch.arange(64)
@@ -56,18 +54,18 @@ BESIDE: dict[str, tuple[Callable[[Activation, Tensor, Tensor], Tensor], Tensor]]
 def test_the_activation_beside_is_coded_and_its_gradient_the_oracles(name: str) -> None:
     function, other = BESIDE[name]
     x = torch.randn(64, 64, requires_grad=True)
-    seen = watch(lambda x, other: function(F.gelu, x * 2, other), x, other)
-    gelus = [s for s in seen.coded if s.dtype == "float32"]
-    assert [s.action for s in gelus] == ["coded in 3 bits"]
+    seen = watch(lambda x, other: function(F.gelu, x @ FROZEN, other), x, other)
+    (gelu,) = seen.happened("gelu")
+    assert gelu.action == "coded in 3 bits"
     assert seen.record.fewbit_bytes < seen.record.plain_bytes
     assert not seen.record.note
     direction = torch.linspace(0.5, 1, max(1, seen.output.numel())).view(seen.output.shape)
     (found,) = torch.autograd.grad(seen.output, x, direction)
 
     def oracle(h: Tensor) -> Tensor:
-        return CodedActivation.apply(h, F.gelu, fewbit_fx.codebook(F.gelu, 3, "typical").levels)  # type: ignore[no-any-return]
+        return CodedActivation.apply(h, F.gelu, gelu.levels)  # type: ignore[no-any-return]
 
-    (expected,) = torch.autograd.grad(function(oracle, x * 2, other), x, direction)
+    (expected,) = torch.autograd.grad(function(oracle, x @ FROZEN, other), x, direction)
     assert close_to_oracle([found], [expected])
 
 
@@ -151,7 +149,10 @@ ROUNDINGS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_a_rounding_on_purpose_stays(name: str, dtype: torch.dtype) -> None:
-    """It stands as often in the coded backward; where nothing comes after it, it shows in the gradient."""
+    """It stands as often in the coded backward; where nothing comes after it, it shows in the gradient.
+
+    Of a rounding to bfloat16 or float16 that is undone at once, torch 2.11 itself leaves nothing.
+    """
     x = torch.randn(64, 64, requires_grad=True)
     seen = watch(ROUNDINGS[name], x, dtype)
     assert seen.coded
@@ -161,8 +162,10 @@ def test_a_rounding_on_purpose_stays(name: str, dtype: torch.dtype) -> None:
             n.target is prims.convert_element_type.default and n.args[1] == dtype for n in graph_module.graph.nodes
         )
 
-    assert roundings(seen.chosen.backward) == roundings(seen.plain.backward) == 1
-    if "before" in name:
+    expected = roundings(seen.plain.backward)
+    assert roundings(seen.chosen.backward) == expected
+    assert expected == 1 or dtype.itemsize == 2
+    if "before" in name and expected:
         (g,) = torch.autograd.grad(seen.output.square().sum(), x)
         assert torch.equal(g, g.to(dtype).float())
 
