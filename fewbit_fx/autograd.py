@@ -20,10 +20,10 @@ from fewbit_fx.coded import (
     name_of_activation,
     name_of_function,
 )
+from fewbit_fx.coding import Coding
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.functions import Pointwise
 from fewbit_fx.kernels import Form, multiply_by_level
-from fewbit_fx.levels import Codebook
 
 
 def apply_activation(name: str, x: Tensor, bits: int, inplace: bool = False, **arguments: float | str) -> Tensor:
@@ -112,13 +112,13 @@ class _Eager(torch.autograd.Function):
         ctx.mark_non_differentiable(words)
         ctx.set_materialize_grads(False)  # or the backward would be given zeros for the words
         ctx.save_for_backward(words, link)
-        ctx.codebook, ctx.form = coded.encoder.coding.codebook, Form.of(x)
+        ctx.coding, ctx.form = coded.encoder.coding, Form.of(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
         if gradient is None:
             return None, None, None
-        return _apply(_Decode, gradient, *ctx.saved_tensors, ctx.codebook, ctx.form), None, None
+        return _apply(_Decode, gradient, *ctx.saved_tensors, ctx.coding, ctx.form), None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -127,8 +127,8 @@ class _Decode(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, words: Tensor, _link: Tensor, codebook: Codebook, form: Form) -> Tensor:
-        return multiply_by_level(gradient, words, codebook, form)
+    def forward(gradient: Tensor, words: Tensor, _link: Tensor, coding: Coding, form: Form) -> Tensor:
+        return multiply_by_level(gradient, words, coding, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -152,13 +152,15 @@ class _InGraph(torch.autograd.Function):
         def bits_of(blocks: Tensor) -> list[Tensor]:
             return encoder.coding.bits(blocks, lambda b: encoder.derivative(at_least_float32(b)))
 
-        ctx.save_for_backward(*encode(x, bits_of, layout))
+        ctx.guarded = encoder.coding.guarded
+        ctx.save_for_backward(*encode(x, bits_of, layout, ctx.guarded))
         ctx.levels, ctx.layout, ctx.dtype = coded.levels, layout, x.dtype
         return coded.value(function, x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return scale(gradient, ctx.saved_tensors, ctx.levels, ctx.layout, ctx.dtype, multiply), None, None
+        levels, layout = ctx.levels, ctx.layout
+        return scale(gradient, ctx.saved_tensors, levels, layout, ctx.dtype, multiply, ctx.guarded), None, None
 
 
 def apply_frozen_prelu(x: Tensor, weight: Tensor) -> Tensor:
@@ -180,7 +182,7 @@ class _FrozenPReLU(torch.autograd.Function):
         ctx.mark_non_differentiable(words)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(words, weight)
-        ctx.codebook, ctx.form = step.encoder.coding.codebook, Form.of(x)
+        ctx.coding, ctx.form = step.encoder.coding, Form.of(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, _words: None) -> tuple[Tensor | None, None, None]:
@@ -188,7 +190,7 @@ class _FrozenPReLU(torch.autograd.Function):
         if gradient is None:
             return None, None, None
         words, weight = ctx.saved_tensors
-        positive = multiply_by_level(torch.ones_like(gradient), words, ctx.codebook, ctx.form) != 0
+        positive = multiply_by_level(torch.ones_like(gradient), words, ctx.coding, ctx.form) != 0
         if weight.numel() > 1:
             weight = weight.view(-1, *[1] * (gradient.dim() - 2))
         return torch.where(positive, gradient, weight * gradient), None, None
