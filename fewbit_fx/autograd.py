@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbit_fx._torch import is_plain
 from fewbit_fx.bitplanes import plane_layout
 from fewbit_fx.codec import at_least_float32, encode, multiply, scale
 from fewbit_fx.coded import (
@@ -36,14 +37,16 @@ def apply_activation(name: str, x: Tensor, bits: int, inplace: bool = False, **a
         inplace: Write the result to x, as torch's in-place functions do.
         **arguments: Of the function.
 
-    Where the arguments make a derivative that cannot be coded, such as a constant one, it is torch's own.
+    Where the arguments make a derivative that cannot be coded, such as a constant one, it is torch's own, and so
+    it is for complex tensors, whose derivative is another, and tensors that are not strided ones.
 
     Raises:
         ValueError, TypeError: ``bits`` is not allowed.
     """
     _require_bits(bits)
-    if not x.is_floating_point():  # complex numbers have another derivative
-        return Activation(name, tuple(arguments.items()))(x)
+    if not (x.is_floating_point() and is_plain(x)):
+        result: Tensor = getattr(F, name)(x, **arguments, **({"inplace": True} if inplace else {}))
+        return result
     if torch.compiler.is_compiling():
         function = functools.partial(getattr(F, name), **arguments)
         found = name_of_activation(name, tuple(arguments.items()), bits)
@@ -60,7 +63,7 @@ def apply_function(function: Pointwise, x: Tensor, bits: int, coded: CodedDeriva
 
     Args:
         function: Pointwise, hashable, and equal for equal functions.
-        x: Tensor of any shape and floating point dtype.
+        x: Tensor of any shape and floating point dtype. Of one that is not strided nothing is coded.
         bits: 1 to 8.
         coded: Its few-bit form, where it is known. Dynamo of torch 2.11 can look it up by itself for plain
             functions, not for callable objects.
@@ -70,7 +73,7 @@ def apply_function(function: Pointwise, x: Tensor, bits: int, coded: CodedDeriva
         raise TypeError(f"a few-bit function takes floating point tensors; got {x.dtype}")
     if torch.compiler.is_compiling():
         known: CodedDerivative = coded or getattr(NAMED, name_of_function(function, bits))
-        return _apply(_InGraph, x, function, known)  # type: ignore[no-any-return]
+        return _apply(_InGraph, x, function, known) if is_plain(x) else known.value(function, x)
     return _apply_eagerly(x, function, coded or coded_function(function, bits))
 
 
@@ -81,7 +84,7 @@ def _require_bits(bits: int) -> bool:
 
 
 def _apply_eagerly(x: Tensor, function: Pointwise, coded: CodedDerivative) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and x.requires_grad and is_plain(x):
         return _apply(_Eager, x, function, coded)[0]  # type: ignore[no-any-return]
     return coded.value(function, x)
 
