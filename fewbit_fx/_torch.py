@@ -50,6 +50,7 @@ __all__ = [
     "inductor_decompositions",
     "inductor_options",
     "hint",
+    "is_plain",
     "is_symbol",
     "kept_by_their_makers",
     "make_graph_module",
@@ -99,6 +100,15 @@ def runs_compiled(*tensors: Tensor) -> bool:
     """
     observed = is_in_torch_dispatch_mode() or peek_interpreter_stack() is not None
     return not observed and all(type(t) in (Tensor, nn.Parameter) and t.device.type != "meta" for t in tensors)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor is a strided one: not nested, sparse or MKL-DNN's, nor a wrapper of others such as DTensor.
+
+    ``is_traceable_wrapper_subclass`` of ``torch.utils._python_dispatch`` asks the tensor; traced by Dynamo, only
+    its class has the answer.
+    """
+    return x.layout == torch.strided and not x.is_nested and not hasattr(type(x), "__tensor_flatten__")
 
 
 def version(x: Tensor) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbit_fx._torch import is_plain
 from fewbit_fx.bitplanes import plane_layout
 from fewbit_fx.codec import at_least_float32, encode, multiply, scale
 from fewbit_fx.coded import (
@@ -20,10 +21,10 @@ from fewbit_fx.coded import (
     name_of_activation,
     name_of_function,
 )
+from fewbit_fx.coding import Coding
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.functions import Pointwise
 from fewbit_fx.kernels import Form, multiply_by_level
-from fewbit_fx.levels import Codebook
 
 
 def apply_activation(name: str, x: Tensor, bits: int, inplace: bool = False, **arguments: float | str) -> Tensor:
@@ -36,14 +37,16 @@ def apply_activation(name: str, x: Tensor, bits: int, inplace: bool = False, **a
         inplace: Write the result to x, as torch's in-place functions do.
         **arguments: Of the function.
 
-    Where the arguments make a derivative that cannot be coded, such as a constant one, it is torch's own.
+    Where the arguments make a derivative that cannot be coded, such as a constant one, it is torch's own, and so
+    it is for complex tensors, whose derivative is another, and tensors that are not strided ones.
 
     Raises:
         ValueError, TypeError: ``bits`` is not allowed.
     """
     _require_bits(bits)
-    if not x.is_floating_point():  # complex numbers have another derivative
-        return Activation(name, tuple(arguments.items()))(x)
+    if not (x.is_floating_point() and is_plain(x)):
+        result: Tensor = getattr(F, name)(x, **arguments, **({"inplace": True} if inplace else {}))
+        return result
     if torch.compiler.is_compiling():
         function = functools.partial(getattr(F, name), **arguments)
         found = name_of_activation(name, tuple(arguments.items()), bits)
@@ -60,7 +63,7 @@ def apply_function(function: Pointwise, x: Tensor, bits: int, coded: CodedDeriva
 
     Args:
         function: Pointwise, hashable, and equal for equal functions.
-        x: Tensor of any shape and floating point dtype.
+        x: Tensor of any shape and floating point dtype. Of one that is not strided nothing is coded.
         bits: 1 to 8.
         coded: Its few-bit form, where it is known. Dynamo of torch 2.11 can look it up by itself for plain
             functions, not for callable objects.
@@ -70,7 +73,7 @@ def apply_function(function: Pointwise, x: Tensor, bits: int, coded: CodedDeriva
         raise TypeError(f"a few-bit function takes floating point tensors; got {x.dtype}")
     if torch.compiler.is_compiling():
         known: CodedDerivative = coded or getattr(NAMED, name_of_function(function, bits))
-        return _apply(_InGraph, x, function, known)  # type: ignore[no-any-return]
+        return _apply(_InGraph, x, function, known) if is_plain(x) else known.value(function, x)
     return _apply_eagerly(x, function, coded or coded_function(function, bits))
 
 
@@ -81,7 +84,7 @@ def _require_bits(bits: int) -> bool:
 
 
 def _apply_eagerly(x: Tensor, function: Pointwise, coded: CodedDerivative) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and x.requires_grad and is_plain(x):
         return _apply(_Eager, x, function, coded)[0]  # type: ignore[no-any-return]
     return coded.value(function, x)
 
@@ -112,13 +115,13 @@ class _Eager(torch.autograd.Function):
         ctx.mark_non_differentiable(words)
         ctx.set_materialize_grads(False)  # or the backward would be given zeros for the words
         ctx.save_for_backward(words, link)
-        ctx.codebook, ctx.form = coded.encoder.coding.codebook, Form.of(x)
+        ctx.coding, ctx.form = coded.encoder.coding, Form.of(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
         if gradient is None:
             return None, None, None
-        return _apply(_Decode, gradient, *ctx.saved_tensors, ctx.codebook, ctx.form), None, None
+        return _apply(_Decode, gradient, *ctx.saved_tensors, ctx.coding, ctx.form), None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -127,8 +130,8 @@ class _Decode(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, words: Tensor, _link: Tensor, codebook: Codebook, form: Form) -> Tensor:
-        return multiply_by_level(gradient, words, codebook, form)
+    def forward(gradient: Tensor, words: Tensor, _link: Tensor, coding: Coding, form: Form) -> Tensor:
+        return multiply_by_level(gradient, words, coding, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -152,13 +155,15 @@ class _InGraph(torch.autograd.Function):
         def bits_of(blocks: Tensor) -> list[Tensor]:
             return encoder.coding.bits(blocks, lambda b: encoder.derivative(at_least_float32(b)))
 
-        ctx.save_for_backward(*encode(x, bits_of, layout))
+        ctx.guarded = encoder.coding.guarded
+        ctx.save_for_backward(*encode(x, bits_of, layout, ctx.guarded))
         ctx.levels, ctx.layout, ctx.dtype = coded.levels, layout, x.dtype
         return coded.value(function, x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return scale(gradient, ctx.saved_tensors, ctx.levels, ctx.layout, ctx.dtype, multiply), None, None
+        levels, layout = ctx.levels, ctx.layout
+        return scale(gradient, ctx.saved_tensors, levels, layout, ctx.dtype, multiply, ctx.guarded), None, None
 
 
 def apply_frozen_prelu(x: Tensor, weight: Tensor) -> Tensor:
@@ -180,7 +185,7 @@ class _FrozenPReLU(torch.autograd.Function):
         ctx.mark_non_differentiable(words)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(words, weight)
-        ctx.codebook, ctx.form = step.encoder.coding.codebook, Form.of(x)
+        ctx.coding, ctx.form = step.encoder.coding, Form.of(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, _words: None) -> tuple[Tensor | None, None, None]:
@@ -188,7 +193,7 @@ class _FrozenPReLU(torch.autograd.Function):
         if gradient is None:
             return None, None, None
         words, weight = ctx.saved_tensors
-        positive = multiply_by_level(torch.ones_like(gradient), words, ctx.codebook, ctx.form) != 0
+        positive = multiply_by_level(torch.ones_like(gradient), words, ctx.coding, ctx.form) != 0
         if weight.numel() > 1:
             weight = weight.view(-1, *[1] * (gradient.dim() - 2))
         return torch.where(positive, gradient, weight * gradient), None, None

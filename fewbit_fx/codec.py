@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from fewbit_fx.bitplanes import BitPlanes, bit_weights
+from fewbit_fx.escape import is_marked, mark, reserved_prefix
 from fewbit_fx.levels import bits_for, boundaries_between, gray_code
 from fewbit_fx.thresholds import Thresholds
 
 # From numbers to the bits of their codes, the most significant first: booleans, or the signs of int32.
 BitsOf = Callable[[Tensor], list[Tensor]]
+
+_BITS_OF_NAN = 0x7FC00000
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -26,7 +29,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def bits_by_value(values: Tensor, levels: tuple[float, ...]) -> list[Tensor]:
-    """The bits of the code of the level nearest to each value of f'. NaN takes code 0.
+    """The bits of the code of the level nearest to each value of f'. NaN takes code 0, until it is marked.
 
     Each value is compared with the one boundary that the more significant bits of its level's rank have
     left in question: b comparisons, not 2^b - 1.
@@ -48,10 +51,15 @@ def bits_by_threshold(x: Tensor, thresholds: Thresholds, compiled: bool = True) 
     which Inductor makes vectors and masks again at each step. In other dtypes it does not vectorise that,
     and vmap of torch 2.11 does not know the view.
     """
-    signs = compiled and x.device.type == "cpu" and x.dtype == torch.float32
+    signs = takes_signs(x, compiled)
     wide = at_least_float32(x)
     pairs = zip(thresholds.start, thresholds.flips, strict=True)
     return [_flipping(wide, start, flips, signs) for start, flips in pairs]
+
+
+def takes_signs(x: Tensor, compiled: bool) -> bool:
+    """Whether bits of x are rather signs of int32 than booleans: see :func:`bits_by_threshold`."""
+    return compiled and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _flipping(x: Tensor, start: bool, flips: tuple[float, ...], signs: bool) -> Tensor:
@@ -62,16 +70,18 @@ def _flipping(x: Tensor, start: bool, flips: tuple[float, ...], signs: bool) -> 
     return torch.bitwise_not(bit) if start else bit
 
 
-def encode(x: Tensor, bits_of: BitsOf, layout: BitPlanes) -> list[Tensor]:
+def encode(x: Tensor, bits_of: BitsOf, layout: BitPlanes, guarded: bool = False) -> list[Tensor]:
     """The planes of the codes of a tensor: for each part of the layout as many as a code has bits.
 
     Args:
         x: Tensor of any shape and dtype.
-        bits_of: Takes blocks of x, returns boolean blocks.
+        bits_of: Takes blocks of x, returns blocks of bits.
         layout: Of x.
+        guarded: The last bits say what is not finite (``escape``).
     """
     weights = bit_weights(x.device)
-    return [layout.pack(bit, weights) for part in layout.split(x) for bit in bits_of(part)]
+    parts = [[layout.pack(bit, weights) for bit in bits_of(part)] for part in layout.split(x)]
+    return [plane for words in parts for plane in (mark(words) if guarded else words)]
 
 
 def scale(
@@ -81,6 +91,7 @@ def scale(
     layout: BitPlanes,
     dtype: torch.dtype,
     product: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+    guarded: bool = False,
 ) -> Tensor:
     """``gradient * level``, with the levels that the codes name.
 
@@ -95,21 +106,38 @@ def scale(
         layout: Of what was encoded.
         dtype: Of the result; the product is taken in float32, or float64 where the gradient is.
         product: Instead of the plain one.
+        guarded: As in :func:`encode`.
     """
 
     wide = at_least_float32(gradient)
     table = [_scalar(level, wide) for level in by_code(levels)]
 
     def scaled(g: Tensor, bits: Sequence[Tensor]) -> Tensor:
-        return product(g, choose(table, bits)).to(dtype)
+        return product(g, choose_level(table, bits, guarded)).to(dtype)
 
-    weights = bit_weights(gradient.device)
-    bits = [layout.unpack(plane, weights) for plane in planes]
-    count = bits_for(levels)
-    if len(bits) == count:
-        return scaled(wide, [layout.join([bit], gradient) for bit in bits])
-    parts = [scaled(g, bits[i * count : (i + 1) * count]) for i, g in enumerate(layout.split(wide))]
-    return layout.join(parts, gradient)
+    count, signs = bits_for(levels), takes_signs(gradient, True)
+    parts = [unpack(planes[i : i + count], layout, guarded, signs) for i in range(0, len(planes), count)]
+    if len(parts) == 1:
+        return scaled(wide, [layout.join([bit], gradient) for bit in parts[0]])
+    return layout.join([scaled(g, bits) for g, bits in zip(layout.split(wide), parts, strict=True)], gradient)
+
+
+def unpack(planes: Sequence[Tensor], layout: BitPlanes, guarded: bool, signs: bool) -> list[Tensor]:
+    """The bits of the codes of one part, for :func:`choose_level`.
+
+    Args:
+        planes: Of the part, the most significant first.
+        layout: Of what was encoded.
+        guarded: Add which words are marked, behind the bits.
+        signs: Bits not as booleans, but as int32 of ones or zeros only: half the work, where
+            :func:`takes_signs` says that these vectorise.
+    """
+    if signs:
+        bits = layout.unpack_masks(planes)
+    else:
+        weights = bit_weights(planes[0].device)
+        bits = [layout.unpack(plane, weights) for plane in planes]
+    return [*bits, layout.spread(is_marked(planes[-1]))] if guarded else bits
 
 
 def by_code(levels: tuple[float, ...]) -> tuple[float, ...]:
@@ -123,12 +151,40 @@ def multiply(gradient: Tensor, level: Tensor) -> Tensor:
     return torch.where(level == 0, 0.0, gradient * level)
 
 
+def choose_level(table: Sequence[Tensor], bits: Sequence[Tensor], guarded: bool) -> Tensor:
+    """The level of each code.
+
+    Args:
+        table: Of :func:`by_code`, scalar tensors.
+        bits: Of :func:`unpack`.
+        guarded: The same.
+    """
+    masks = bits[0].dtype == torch.int32
+    candidates = [level.view(torch.int32) for level in table] if masks else list(table)
+    if guarded:
+        *bits, last, marked = bits
+        candidates = _halved(candidates, last)
+        reserved = sum(bit << i for i, bit in enumerate(reversed(reserved_prefix(len(bits) + 1))))
+        nan = _BITS_OF_NAN if masks else float("nan")
+        candidates[reserved] = torch.where(marked, nan, candidates[reserved])
+    chosen = choose(candidates, bits)
+    return chosen.view(torch.float32) if masks else chosen
+
+
 def choose(candidates: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
     """The candidate (a scalar tensor) at the index spelled by ``bits``, the most significant bit first."""
     chosen = list(candidates)
     for bit in reversed(bits):
-        chosen = [torch.where(bit, high, low) for low, high in zip(chosen[::2], chosen[1::2], strict=True)]
+        chosen = _halved(chosen, bit)
     return chosen[0]
+
+
+def _halved(candidates: Sequence[Tensor], bit: Tensor) -> list[Tensor]:
+    """Of each pair of candidates the one that the least significant bit of their index names."""
+    pairs = zip(candidates[::2], candidates[1::2], strict=True)
+    if bit.dtype == torch.bool:
+        return [torch.where(bit, high, low) for low, high in pairs]
+    return [low ^ (bit & (low ^ high)) for low, high in pairs]
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:

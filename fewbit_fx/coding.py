@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewbit_fx.codec import at_least_float32, bits_by_threshold, bits_by_value
+from fewbit_fx.codec import at_least_float32, bits_by_threshold, bits_by_value, takes_signs
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.density import Typical
+from fewbit_fx.escape import Undefined, find_undefined, is_not_finite
 from fewbit_fx.levels import Codebook, fit_codebook
 from fewbit_fx.sampling import Function, sample_derivative
 from fewbit_fx.thresholds import Thresholds, find_thresholds
@@ -22,13 +23,20 @@ class Coding:
     Attributes:
         codebook: Its levels.
         thresholds: Where on the x axis the code changes; None if codes come from the values of f'.
+        undefined: Which of NaN and the infinities have a derivative that is not finite; None if none has.
     """
 
     codebook: Codebook
     thresholds: Thresholds | None
+    undefined: Undefined | None
+
+    @property
+    def guarded(self) -> bool:
+        """Whether codes tell what is not finite (``escape``)."""
+        return self.undefined is not None
 
     def bits(self, x: Tensor, derivative: Callable[[Tensor], Tensor], compiled: bool = True) -> list[Tensor]:
-        """The bits of the codes of f'(x), the most significant first.
+        """The bits of the codes of f'(x), the most significant first; where guarded, behind them what is not finite.
 
         Args:
             x: In any shape and dtype.
@@ -36,8 +44,13 @@ class Coding:
             compiled: Inductor compiles these operations.
         """
         if self.thresholds is None:
-            return bits_by_value(at_least_float32(derivative(x)), self.codebook.levels)
-        return bits_by_threshold(x, self.thresholds, compiled)
+            values = at_least_float32(derivative(x))
+            bits = bits_by_value(values, self.codebook.levels)
+            return [*bits, is_not_finite(values)] if self.guarded else bits
+        bits = bits_by_threshold(x, self.thresholds, compiled)
+        if self.undefined is None:
+            return bits
+        return [*bits, self.undefined.at(at_least_float32(x), takes_signs(x, compiled))]
 
 
 def fit_coding(derivative: Function, bits: int) -> Coding:
@@ -50,4 +63,4 @@ def fit_coding(derivative: Function, bits: int) -> Coding:
     FewBitConfig(bits=bits)
     sample = sample_derivative(derivative, Typical())
     book = fit_codebook(sample.values, sample.weights, bits)
-    return Coding(book, find_thresholds(derivative, book, sample.x))
+    return Coding(book, find_thresholds(derivative, book, sample.x), find_undefined(derivative))

@@ -2,7 +2,8 @@
 
 Each takes the arguments of its namesake, and ``bits``, 1 to 8 (default 3). The result is the
 namesake's own, bit for bit. For the backward they save b bits per element (fewer where fewer
-levels are exact: one for ReLU and its kind) instead of a whole tensor.
+levels are exact: one for ReLU and its kind) instead of a whole tensor. On tensors that are not strided
+ones (nested, sparse, MKL-DNN's, DTensor and its kind) they are the namesake itself.
 
 All raise TypeError or ValueError for ``bits`` out of range. Where the other arguments make a
 derivative that cannot be coded, such as the constant one of ``leaky_relu`` with slope 1, they are
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewbit_fx._torch import is_plain
 from fewbit_fx.autograd import apply_activation, apply_frozen_prelu, apply_function
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.functions import Pointwise
@@ -137,7 +139,7 @@ def rrelu(
     bits: int = _BITS,
 ) -> Tensor:
     """:func:`torch.nn.functional.rrelu`; in training, with its random slopes, it is torch's own."""
-    if training:
+    if training or not is_plain(input):
         FewBitConfig(bits=bits)
         return F.rrelu(input, lower, upper, training, inplace)
     return apply_activation("leaky_relu", input, bits, inplace, negative_slope=(lower + upper) / 2)
@@ -150,6 +152,7 @@ def prelu(input: Tensor, weight: Tensor, *, bits: int = _BITS) -> Tensor:
     """
     FewBitConfig(bits=bits)
     wanted = torch.is_grad_enabled() and input.requires_grad and not weight.requires_grad
+    wanted = wanted and is_plain(input) and is_plain(weight)
     if not wanted or torch.compiler.is_compiling():  # within torch.compile, the backend packs the mask
         return F.prelu(input, weight)
     return apply_frozen_prelu(input, weight)

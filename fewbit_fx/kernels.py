@@ -31,11 +31,11 @@ from fewbit_fx.bitplanes import (
     lanes_for,
     memory_order,
 )
-from fewbit_fx.codec import at_least_float32, by_code, choose, multiply
+from fewbit_fx.codec import at_least_float32, by_code, choose_level, multiply, takes_signs, unpack
 from fewbit_fx.coding import Coding
+from fewbit_fx.escape import mark
 from fewbit_fx.frames import in_a_frame_of_its_own
 from fewbit_fx.functions import Pointwise
-from fewbit_fx.levels import Codebook
 
 
 @dataclass(frozen=True)
@@ -123,21 +123,22 @@ class Encoder:
         return self._kernels[key]
 
 
-def multiply_by_level(gradient: Tensor, words: Tensor, codebook: Codebook, form: Form) -> Tensor:
+def multiply_by_level(gradient: Tensor, words: Tensor, coding: Coding, form: Form) -> Tensor:
     """``gradient * level``, with the levels that ``words`` name.
 
     Args:
         gradient: Tensor of the shape of the coded x.
         words: Of an :class:`Encoder`.
-        codebook: The same.
+        coding: The same.
         form: Of the coded x.
 
     Returns:
         Tensor of the form of x.
     """
-    kernel = _decoder(codebook.bits, gradient.dtype, form.dtype, form.device.type)
+    kernel = _decoder(coding.codebook.bits, coding.guarded, gradient.dtype, form.dtype, form.device.type)
     with _plain_arithmetic(gradient):
-        levels = _kept_levels(codebook, form.device) if runs_compiled(gradient) else _levels(codebook, form.device)
+        table = _kept_levels if runs_compiled(gradient) else _levels
+        levels = table(coding.codebook.levels, form.device)
         flat, first = form.flatten(gradient), form.whole // WORD_BITS
         parts = []
         if form.whole:
@@ -183,7 +184,8 @@ def _encoder(derivative: Pointwise, coding: Coding) -> Kernel:
         layout = BitPlanes(lanes_for(x.device, x.dtype)[0])
         bits = coding.bits(layout.blocks(x), lambda blocks: derivative(at_least_float32(blocks)), compiled)
         weights = bit_weights(x.device)
-        return torch.stack([layout.pack(bit, weights).view(-1) for bit in bits])
+        planes = [layout.pack(bit, weights) for bit in bits]
+        return torch.stack([plane.view(-1) for plane in (mark(planes) if coding.guarded else planes)])
 
     def encoder(x: Tensor) -> Tensor:
         return words(x, True)
@@ -192,21 +194,24 @@ def _encoder(derivative: Pointwise, coding: Coding) -> Kernel:
 
 
 @functools.lru_cache(maxsize=256)
-def _decoder(bits: int, _gradient: torch.dtype, dtype: torch.dtype, _device: str) -> Kernel:
-    def decoder(gradient: Tensor, words: Tensor, levels: Tensor) -> Tensor:
+def _decoder(bits: int, guarded: bool, _gradient: torch.dtype, dtype: torch.dtype, _device: str) -> Kernel:
+    def decode(compiled: bool, gradient: Tensor, words: Tensor, levels: Tensor) -> Tensor:
         layout = BitPlanes(lanes_for(gradient.device, dtype)[0])
         wide = at_least_float32(layout.blocks(gradient))
         planes = words.view(bits, -1, 1, layout.lanes).unbind()
-        weights = bit_weights(gradient.device)
-        codes = [layout.unpack(plane, weights) for plane in planes]
-        return multiply(wide, choose(levels.to(wide.dtype).unbind(), codes)).to(dtype).view(-1)
+        codes = unpack(planes, layout, guarded, takes_signs(gradient, compiled))
+        level = choose_level(levels.to(wide.dtype).unbind(), codes, guarded)
+        return multiply(wide, level).to(dtype).view(-1)
 
-    return Kernel(decoder)
+    def decoder(gradient: Tensor, words: Tensor, levels: Tensor) -> Tensor:
+        return decode(True, gradient, words, levels)
+
+    return Kernel(decoder, functools.partial(decode, False))
 
 
-def _levels(codebook: Codebook, device: torch.device) -> Tensor:
+def _levels(levels: tuple[float, ...], device: torch.device) -> Tensor:
     """The level of each code as a tensor, so that codebooks share a decode kernel."""
-    return torch.tensor(by_code(codebook.levels), dtype=torch.float64, device=device)
+    return torch.tensor(by_code(levels), dtype=torch.float64, device=device)
 
 
 _kept_levels = functools.lru_cache(maxsize=256)(_levels)  # of real tensors only

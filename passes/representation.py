@@ -51,7 +51,8 @@ class Coded:
 
     def encode(self, site: DerivativeSite, x: Tensor) -> list[Tensor]:
         """Bit planes of f'(x)."""
-        return encode(x, lambda blocks: self.coding.bits(blocks, site.derivative), self.layout(site))
+        coding = self.coding
+        return encode(x, lambda blocks: coding.bits(blocks, site.derivative), self.layout(site), coding.guarded)
 
     def planes(self, site: DerivativeSite) -> int:
         """How many planes there are."""
@@ -59,7 +60,8 @@ class Coded:
 
     def gradient(self, site: DerivativeSite, g: Tensor, planes: list[Tensor]) -> Tensor:
         """The exit gradient, from the entry gradient and the planes."""
-        return scale(g, planes, self.codebook.levels, self.layout(site), value_of(site.exit).dtype)
+        dtype = value_of(site.exit).dtype
+        return scale(g, planes, self.codebook.levels, self.layout(site), dtype, guarded=self.coding.guarded)
 
     def nbytes(self, site: DerivativeSite) -> int:
         """Bytes of all the planes, by hint where the size is symbolic."""

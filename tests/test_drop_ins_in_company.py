@@ -7,7 +7,7 @@ import gc
 import pickle
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -272,3 +274,101 @@ def test_hooks_of_converted_hugging_face_activations(x: Tensor) -> None:
     handle.remove()
     model(x)
     assert calls[2:] == [model[0]]
+
+
+# Tensors that are not strided ones.
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def jagged() -> Tensor:
+    return torch.nested.nested_tensor(
+        [torch.linspace(-2, 2, 8 * n).view(n, 8) for n in (3, 5)], layout=torch.jagged, requires_grad=True
+    )
+
+
+def strided_nested() -> Tensor:
+    return torch.nested.nested_tensor(list(jagged().unbind()), layout=torch.strided, requires_grad=True)
+
+
+def sparse() -> Tensor:
+    return (torch.eye(5) - 0.5 * torch.eye(5).roll(1, 0)).to_sparse().requires_grad_()
+
+
+def mkldnn() -> Tensor:
+    return torch.linspace(-2, 2, 24).view(4, 6).to_mkldnn().requires_grad_()
+
+
+def values_of(x: Tensor) -> list[Tensor]:
+    if x.is_nested:
+        return [part.detach() for part in x.unbind()]
+    if isinstance(x, DTensor):
+        return [x.to_local().detach()]
+    return [x.detach() if x.layout == torch.strided else x.detach().to_dense()]
+
+
+def outcome(function: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    """The result and the gradient, or the kind of error that torch raises for want of a kernel."""
+    try:
+        y = function(x)
+        if y.layout == torch.sparse_coo:
+            (gradient,) = torch.autograd.grad(torch.sparse.sum(y), x)
+        else:
+            (gradient,) = torch.autograd.grad(y, x, y.detach())
+    except (RuntimeError, NotImplementedError) as error:
+        return type(error)
+    return [*values_of(y), *values_of(gradient)]
+
+
+def pairs_of_functions() -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    names = ["relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "softplus", "hardtanh", "rrelu"]
+    libraries = fewbit_fx.functional, F
+    pairs = {name: tuple(getattr(library, name) for library in libraries) for name in names}
+    pairs["threshold"] = tuple(lambda x, f=library.threshold: f(x, 0.1, 20.0) for library in libraries)
+    weight = torch.full((1,), 0.2)
+    pairs["prelu"] = (lambda x: fewbit_fx.functional.prelu(x, weight), lambda x: F.prelu(x, weight))
+    pairs["pointwise"] = (lambda x: fewbit_fx.functional.pointwise(torch.atan, x), torch.atan)
+    pairs["module"] = (fewbit_fx.nn.Pointwise(torch.relu), torch.relu)
+    pairs["in place"] = tuple(lambda x, f=f: f(x * 1, inplace=True) for f in (fewbit_fx.functional.relu, F.relu))
+    return pairs  # type: ignore[return-value]
+
+
+def check_torchs_own(make: Callable[[], Tensor]) -> int:
+    """Results and gradients are torch's, bit for bit, and so are errors. How many functions torch has for it."""
+    known = 0
+    for name, functions in pairs_of_functions().items():
+        found, expected = (outcome(function, make()) for function in functions)
+        if isinstance(expected, type):
+            assert found is expected, name
+            continue
+        known += 1
+        assert all(map(torch.equal, found, expected)), name
+    return known
+
+
+@pytest.mark.parametrize(
+    ("make", "at_least"), [(jagged, 10), (strided_nested, 4), (sparse, 1), (mkldnn, 2)], ids=lambda v: str(v)
+)
+def test_torchs_own_on_other_layouts(make: Callable[[], Tensor], at_least: int) -> None:
+    assert check_torchs_own(make) >= at_least
+
+
+def test_torchs_own_on_distributed_tensors(mesh: DeviceMesh) -> None:
+    def make() -> Tensor:
+        return distribute_tensor(torch.linspace(-2, 2, 24).view(4, 6), mesh, [Shard(0)]).requires_grad_()
+
+    assert check_torchs_own(make) >= 8
+    compiled = torch.compile(lambda x: fewbit_fx.functional.gelu(x), backend="aot_eager", fullgraph=True)
+    found, expected = outcome(compiled, make()), outcome(F.gelu, make())
+    assert all(map(torch.equal, found, expected))
+
+
+def test_torchs_own_on_jagged_tensors_within_torch_compile() -> None:
+    for ours, theirs in (pairs_of_functions()[name] for name in ("relu", "gelu", "pointwise", "module")):
+        compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+        assert all(map(torch.equal, outcome(compiled, jagged()), outcome(theirs, jagged())))

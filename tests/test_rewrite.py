@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fewbit_fx import FewBitConfig
 
+PLAIN = FewBitConfig(derivatives=False, masks=False, min_numel=0, strict=True)
+
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_a_frozen_mlp_saves_codes_in_place_of_x(bits: int) -> None:
@@ -238,3 +240,20 @@ def test_frozen_transformer_block_keeps_every_other_saved_tensor() -> None:
     before = {n.name for n in seen.plain.saved()}
     after = {n.name for n in seen.chosen.saved() if not n.name.startswith("fewbit_plane")}
     assert after < before
+
+
+@pytest.mark.parametrize("config", [PLAIN, STRICT], ids=["torch.compile", "fewbit"])
+@pytest.mark.parametrize("product", [False, True])
+def test_second_derivatives(product: bool, config: FewBitConfig) -> None:
+    """As the README says: an error, or None where the first gradient is a constant to autograd and that is allowed."""
+    weight = torch.randn(16, 16)
+    x = torch.randn(32, 16, requires_grad=True)
+    y = watch(lambda x: F.gelu(x @ weight if product else x), x, config=config).output
+    gradients = [torch.autograd.grad(t.sum(), x, create_graph=True)[0] for t in (y, y.square())]
+    constant = product or config is STRICT
+    with pytest.raises(RuntimeError, match="to not have been used" if constant else "double backward"):
+        torch.autograd.grad(gradients[0].sum(), x, retain_graph=True)
+    if constant:
+        assert torch.autograd.grad(gradients[0].sum(), x, allow_unused=True, retain_graph=True) == (None,)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(gradients[1].sum(), x, allow_unused=True)

@@ -1,0 +1,138 @@
+"""Derivatives that are not finite, within the codes of finite ones: no byte more, and no level less.
+
+NaN and infinities in x make most derivatives NaN. A gradient that stayed finite would hide an overflow from
+GradScaler and clip_grad_norm_, and a level of its own for NaN would make the error of 3 bits 1.14 times as large
+(and 1 bit has none to spare). So a *word* tells: where one of its 32 elements is not finite, its least significant
+plane holds one number, :data:`MARK`, and the other planes, the prefix of the code, tell the elements apart.
+
+    word of finite elements     as it is; should it be MARK, the bit of its first element is flipped
+    marked word                 not finite: the reserved prefix
+                                finite: its own prefix, or the one beside it in place of the reserved one
+
+Flipping the least significant bit of a Gray code gives a level next to it; a word is MARK by chance once in 2^32.
+The finite elements of a marked word keep b - 1 bits. With 1 bit there is no prefix, and all 32 elements of a
+marked word are NaN.
+
+All this is arithmetic on words, a 32nd of that on elements. Per element it takes a bit more to pack, whether
+the derivative is finite, and when decoding a choice more.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewbit_fx.sampling import Function
+
+MARK = 0x2F6B93D5  # no pattern that codes of neighbouring elements are likely to make
+
+_LARGEST = 0x7F7FFFFF  # the bits of the largest finite float32, and of infinity
+_INFINITY = 0x7F800000
+_MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
+# More than the widest vectors and their remainder: torch's kernels of ELU and Hardswish differ there, for NaN.
+_REPEATED = 43
+
+
+@dataclass(frozen=True)
+class Undefined:
+    """Where beyond the real numbers a derivative is not finite.
+
+    Attributes:
+        nan: At NaN.
+        positive, negative: At infinity and -infinity.
+    """
+
+    nan: bool
+    positive: bool
+    negative: bool
+
+    def at(self, x: Tensor, signs: bool = False) -> Tensor:
+        """Which elements these are.
+
+        Args:
+            x: In float32 or float64.
+            signs: Rather as signs of int32, where x is float32 and that is possible.
+
+        Returns:
+            Booleans, or int32 that are negative there.
+        """
+        if signs and self.nan and self.positive == self.negative:
+            return (_LARGEST if self.positive else _INFINITY) - (x.view(torch.int32) & _MAGNITUDE)
+        if self.nan and self.positive and self.negative:
+            return is_not_finite(x)
+        wanted = [x != x] if self.nan else []
+        wanted += [x == float("inf")] if self.positive else []
+        wanted += [x == float("-inf")] if self.negative else []
+        return functools.reduce(torch.bitwise_or, wanted)
+
+
+def find_undefined(derivative: Function) -> Undefined | None:
+    """Where a derivative is not finite; None if it is finite everywhere, as one that comparisons decide is.
+
+    Args:
+        derivative: Elementwise function of a float64 array. Where it fails, it counts as not finite.
+    """
+    x = np.tile([np.nan, np.inf, -np.inf], _REPEATED)
+    try:
+        with np.errstate(all="ignore"):
+            values = np.asarray(derivative(x), dtype=np.float64)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # whatever an operation may raise
+        return Undefined(True, True, True)
+    nan, positive, negative = (not np.isfinite(values[i::3]).all() for i in range(3))
+    return Undefined(nan, positive, negative) if nan or positive or negative else None
+
+
+def is_not_finite(x: Tensor) -> Tensor:
+    """Booleans, in a form that needs one comparison."""
+    return x - x != 0  # NaN for infinities too
+
+
+def reserved_prefix(bits: int) -> tuple[bool, ...]:
+    """The prefix, b - 1 bits, of what is not finite: the pair of levels just above the middle.
+
+    Finite elements rather have the levels at both ends, where derivatives settle.
+    """
+    return tuple(position < 2 for position in range(bits - 1))
+
+
+def mark(words: Sequence[Tensor]) -> list[Tensor]:
+    """The words to save of b planes.
+
+    Args:
+        words: int32, of b planes, the most significant first, and of the bits of what is not finite.
+    """
+    *prefix, last, undefined = words
+    undefined = _in_the_loop_of_lanes(undefined)
+    poisoned = undefined != 0
+    last = torch.where(poisoned, MARK, torch.where(last == MARK, last ^ 1, last))
+    if not prefix:
+        return [last]
+    reserved = reserved_prefix(len(prefix) + 1)
+    finite = torch.bitwise_not(undefined)
+    same = [word if bit else torch.bitwise_not(word) for word, bit in zip(prefix, reserved, strict=True)]
+    moved = torch.where(poisoned, functools.reduce(torch.bitwise_and, same, finite), 0)
+    prefix[-1] = prefix[-1] ^ moved
+    return [*(w | undefined if bit else w & finite for w, bit in zip(prefix, reserved, strict=True)), last]
+
+
+def _in_the_loop_of_lanes(words: Tensor) -> Tensor:
+    """The same words, by an expression of their lane: so that Inductor works on them where it has packed them.
+
+    Otherwise, on a CPU, it merges the loops over blocks and lanes to one, which no longer is the packing's, and
+    reads and writes all planes again.
+    """
+    lanes = words.shape[-1]
+    if lanes == 1:
+        return words
+    nothing = torch.arange(lanes, dtype=torch.int32, device=words.device) >> 31
+    return words | nothing
+
+
+def is_marked(words: Tensor) -> Tensor:
+    """Whether words of the least significant plane are marked ones."""
+    return words == MARK
