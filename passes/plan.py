@@ -24,13 +24,13 @@ _RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE
 PRODUCT = "it is a product with a tensor, whose own values the backward needs"
 LOSS = "it is the derivative of a loss, whose arguments go to where no level is near it"
 PERHAPS_LOSS = (
-    "near x = 0 no level is near its derivative, and what its gradient comes from lies outside of the graph: "
-    "of a loss, x goes to 0"
+    "its derivative vanishes as x goes to 0, and what its gradient comes from lies outside of the graph: perhaps a loss"
 )
 SIZE_FROM_DATA = "its size is known from data only, not when compiling"
 SIZE_NOT_IN_BACKWARD = "its size follows from a number that the backward is not given"
 EMPTY = "it has no elements"
-_NEAR_ZERO = np.concatenate([sign * 10.0 ** -np.arange(2.0, 9.0) for sign in (-1, 1)])
+_NEAR_ZERO = np.array([-1e-8, 1e-8])
+_NEARLY_NOTHING = 1e-3  # share of the largest level, less than the codes of any bits can tell from 0
 
 
 def choose(site: Site, config: FewBitConfig, symbols: Set[object] = frozenset()) -> Representation:
@@ -72,16 +72,15 @@ def choose(site: Site, config: FewBitConfig, symbols: Set[object] = frozenset())
         )
     if error > 0 and site.origin is Origin.BROADCAST:
         return Exact(LOSS)
-    if site.origin is Origin.OUTSIDE and not _stands_for_it_near_zero(coding, site.derivative, config):
+    if site.origin is Origin.OUTSIDE and _vanishes_at_zero(coding, site.derivative):
         return Exact(PERHAPS_LOSS)
     return Coded(coding)
 
 
-def _stands_for_it_near_zero(coding: Coding, derivative: Derivative, config: FewBitConfig) -> bool:
-    """Whether the relative error is bounded as x goes to 0, where the residuals of a loss go."""
-    exact = derivative.evaluated(_NEAR_ZERO)
-    error = np.abs(coding.codebook.nearest(exact) - exact)
-    return bool((error <= config.max_relative_error * np.abs(exact)).all())
+def _vanishes_at_zero(coding: Coding, derivative: Derivative) -> bool:
+    """Whether the relative error grows without bound as x goes to 0, where the residuals of a loss go."""
+    largest = max(map(abs, coding.codebook.levels))
+    return bool((np.abs(derivative.evaluated(_NEAR_ZERO)) < _NEARLY_NOTHING * largest).any())
 
 
 def _forward_nodes(site: Site) -> tuple[fx.Node, ...]:
