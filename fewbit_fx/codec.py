@@ -184,7 +184,7 @@ def _halved(candidates: Sequence[Tensor], bit: Tensor) -> list[Tensor]:
     pairs = zip(candidates[::2], candidates[1::2], strict=True)
     if bit.dtype == torch.bool:
         return [torch.where(bit, high, low) for low, high in pairs]
-    return [low ^ (bit & (low ^ high)) for low, high in pairs]
+    return [torch.bitwise_xor(low, bit & torch.bitwise_xor(low, high)) for low, high in pairs]
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:

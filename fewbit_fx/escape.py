@@ -109,15 +109,15 @@ def mark(words: Sequence[Tensor]) -> list[Tensor]:
     *prefix, last, undefined = words
     undefined = _in_the_loop_of_lanes(undefined)
     poisoned = undefined != 0
-    last = torch.where(poisoned, MARK, torch.where(last == MARK, last ^ 1, last))
+    last = torch.where(poisoned, MARK, torch.where(last == MARK, torch.bitwise_xor(last, 1), last))
     if not prefix:
         return [last]
     reserved = reserved_prefix(len(prefix) + 1)
     finite = torch.bitwise_not(undefined)
     same = [word if bit else torch.bitwise_not(word) for word, bit in zip(prefix, reserved, strict=True)]
     moved = torch.where(poisoned, functools.reduce(torch.bitwise_and, same, finite), 0)
-    prefix[-1] = prefix[-1] ^ moved
-    return [*(w | undefined if bit else w & finite for w, bit in zip(prefix, reserved, strict=True)), last]
+    beside = [*prefix[:-1], torch.bitwise_xor(prefix[-1], moved)]
+    return [*(w | undefined if bit else w & finite for w, bit in zip(beside, reserved, strict=True)), last]
 
 
 def _in_the_loop_of_lanes(words: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def test_backend(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("make", [lambda x: x, lambda x: x.t(), lambda x: x[:, ::3], lambda x: x[:1, :7]])
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: x.t(), lambda x: x[:, ::3], lambda x: x[:2]])
 def test_backend_bits_and_layouts(make: Callable[[Tensor], Tensor], bits: int) -> None:
     module, config = Activated(nn.GELU()), FewBitConfig(strict=True, min_numel=0, bits=bits, max_relative_error=9.0)
     x = torch.randn(40, 129)
@@ -164,7 +164,7 @@ def test_compiled(dtype: torch.dtype) -> None:
     for i, function in enumerate(functions):
         check(found[i], clean[i], _gradient(lambda x, f=function: f(x) * 3, bad[i]), bad[i])
     assert not found[-1][bad[-1].isnan()].isfinite().any()
-    assert (found[-1] != clean[-1]).sum() <= 32 * bad[-1].isnan().sum()
+    assert (found[-1] != clean[-1]).sum() <= 32 * (~bad[-1].isfinite()).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
