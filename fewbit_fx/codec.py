@@ -53,8 +53,11 @@ def bits_by_threshold(x: Tensor, thresholds: Thresholds, compiled: bool = True) 
     """
     signs = takes_signs(x, compiled)
     wide = at_least_float32(x)
-    pairs = zip(thresholds.start, thresholds.flips, strict=True)
-    return [_flipping(wide, start, flips, signs) for start, flips in pairs]
+    magnitude = wide.abs()
+    return [
+        _flipping(x, start, [(wide, t) for t in flips] + [(magnitude, t) for t in magnitudes], signs)
+        for start, flips, magnitudes in thresholds.planes()
+    ]
 
 
 def takes_signs(x: Tensor, compiled: bool) -> bool:
@@ -62,10 +65,11 @@ def takes_signs(x: Tensor, compiled: bool) -> bool:
     return compiled and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def _flipping(x: Tensor, start: bool, flips: tuple[float, ...], signs: bool) -> Tensor:
+def _flipping(x: Tensor, start: bool, flips: Sequence[tuple[Tensor, float]], signs: bool) -> Tensor:
+    """A bit that flips where each of some tensors is above a number."""
     if not flips:
         return torch.full_like(x, start, dtype=torch.bool)
-    beyond = [(_scalar(t, x) - x).view(torch.int32) if signs else x > _scalar(t, x) for t in flips]
+    beyond = [(_scalar(t, v) - v).view(torch.int32) if signs else v > _scalar(t, v) for v, t in flips]
     bit = functools.reduce(torch.bitwise_xor, beyond)
     return torch.bitwise_not(bit) if start else bit
 
@@ -77,7 +81,7 @@ def encode(x: Tensor, bits_of: BitsOf, layout: BitPlanes, guarded: bool = False)
         x: Tensor of any shape and dtype.
         bits_of: Takes blocks of x, returns blocks of bits.
         layout: Of x.
-        guarded: The last bits say what is not finite (``escape``).
+        guarded: The last bits say what is finite (``escape``).
     """
     weights = bit_weights(x.device)
     parts = [[layout.pack(bit, weights) for bit in bits_of(part)] for part in layout.split(x)]

@@ -10,9 +10,10 @@ from torch import Tensor
 from fewbit_fx.codec import at_least_float32, bits_by_threshold, bits_by_value, takes_signs
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.density import Typical
-from fewbit_fx.escape import Undefined, find_undefined, is_not_finite
+from fewbit_fx.escape import Undefined, find_undefined, is_finite
 from fewbit_fx.levels import Codebook, fit_codebook
 from fewbit_fx.sampling import Function, sample_derivative
+from fewbit_fx.symmetry import mirrored
 from fewbit_fx.thresholds import Thresholds, find_thresholds
 
 
@@ -36,7 +37,7 @@ class Coding:
         return self.undefined is not None
 
     def bits(self, x: Tensor, derivative: Callable[[Tensor], Tensor], compiled: bool = True) -> list[Tensor]:
-        """The bits of the codes of f'(x), the most significant first; where guarded, behind them what is not finite.
+        """The bits of the codes of f'(x), the most significant first; where guarded, behind them what is finite.
 
         Args:
             x: In any shape and dtype.
@@ -46,11 +47,11 @@ class Coding:
         if self.thresholds is None:
             values = at_least_float32(derivative(x))
             bits = bits_by_value(values, self.codebook.levels)
-            return [*bits, is_not_finite(values)] if self.guarded else bits
+            return [*bits, is_finite(values)] if self.guarded else bits
         bits = bits_by_threshold(x, self.thresholds, compiled)
         if self.undefined is None:
             return bits
-        return [*bits, self.undefined.at(at_least_float32(x), takes_signs(x, compiled))]
+        return [*bits, self.undefined.spares(at_least_float32(x), takes_signs(x, compiled))]
 
 
 def fit_coding(derivative: Function, bits: int) -> Coding:
@@ -62,5 +63,5 @@ def fit_coding(derivative: Function, bits: int) -> Coding:
     """
     FewBitConfig(bits=bits)
     sample = sample_derivative(derivative, Typical())
-    book = fit_codebook(sample.values, sample.weights, bits)
+    book = mirrored(fit_codebook(sample.values, sample.weights, bits), derivative, sample)
     return Coding(book, find_thresholds(derivative, book, sample.x), find_undefined(derivative))

@@ -31,9 +31,7 @@ from fewbit_fx.sampling import Function
 
 MARK = 0x2F6B93D5  # no pattern that codes of neighbouring elements are likely to make
 
-_LARGEST = 0x7F7FFFFF  # the bits of the largest finite float32, and of infinity
-_INFINITY = 0x7F800000
-_MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
+_INFINITY = 0x7F800000  # the bits of the float32
 # More than the widest vectors and their remainder: torch's kernels of ELU and Hardswish differ there, for NaN.
 _REPEATED = 43
 
@@ -51,8 +49,8 @@ class Undefined:
     positive: bool
     negative: bool
 
-    def at(self, x: Tensor, signs: bool = False) -> Tensor:
-        """Which elements these are.
+    def spares(self, x: Tensor, signs: bool = False) -> Tensor:
+        """Where the derivative is finite.
 
         Args:
             x: In float32 or float64.
@@ -62,13 +60,13 @@ class Undefined:
             Booleans, or int32 that are negative there.
         """
         if signs and self.nan and self.positive == self.negative:
-            return (_LARGEST if self.positive else _INFINITY) - (x.view(torch.int32) & _MAGNITUDE)
+            return x.abs().view(torch.int32) - (_INFINITY if self.positive else _INFINITY + 1)
         if self.nan and self.positive and self.negative:
-            return is_not_finite(x)
-        wanted = [x != x] if self.nan else []
-        wanted += [x == float("inf")] if self.positive else []
-        wanted += [x == float("-inf")] if self.negative else []
-        return functools.reduce(torch.bitwise_or, wanted)
+            return is_finite(x)
+        spared = [x == x] if self.nan else []
+        spared += [x != float("inf")] if self.positive else []
+        spared += [x != float("-inf")] if self.negative else []
+        return functools.reduce(torch.bitwise_and, spared)
 
 
 def find_undefined(derivative: Function) -> Undefined | None:
@@ -87,9 +85,9 @@ def find_undefined(derivative: Function) -> Undefined | None:
     return Undefined(nan, positive, negative) if nan or positive or negative else None
 
 
-def is_not_finite(x: Tensor) -> Tensor:
-    """Booleans, in a form that needs one comparison."""
-    return x - x != 0  # NaN for infinities too
+def is_finite(x: Tensor) -> Tensor:
+    """Booleans, by one comparison."""
+    return x.abs() < float("inf")
 
 
 def reserved_prefix(bits: int) -> tuple[bool, ...]:
@@ -104,16 +102,16 @@ def mark(words: Sequence[Tensor]) -> list[Tensor]:
     """The words to save of b planes.
 
     Args:
-        words: int32, of b planes, the most significant first, and of the bits of what is not finite.
+        words: int32, of b planes, the most significant first, and of the bits of what is finite.
     """
-    *prefix, last, undefined = words
-    undefined = _in_the_loop_of_lanes(undefined)
+    *prefix, last, finite = words
+    finite = _in_the_loop_of_lanes(finite)
+    undefined = torch.bitwise_not(finite)
     poisoned = undefined != 0
     last = torch.where(poisoned, MARK, torch.where(last == MARK, torch.bitwise_xor(last, 1), last))
     if not prefix:
         return [last]
     reserved = reserved_prefix(len(prefix) + 1)
-    finite = torch.bitwise_not(undefined)
     same = [word if bit else torch.bitwise_not(word) for word, bit in zip(prefix, reserved, strict=True)]
     moved = torch.where(poisoned, functools.reduce(torch.bitwise_and, same, finite), 0)
     beside = [*prefix[:-1], torch.bitwise_xor(prefix[-1], moved)]

@@ -7,7 +7,7 @@ whole tensor in memory: codes computed from f'(x) are 1.4 times slower there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ _MOST_FLIPS = 40  # beyond, the comparisons cost more than the derivative
 _CLOSE = 1e-10  # relative
 _TINY = 1e-30  # what is nearer to 0 counts as 0
 _ROUNDS = 8
+_MIRRORED = 3e-7  # two roundings to float32, relative
 _JUMP = 1e-6  # share of the range of levels
 
 
@@ -34,6 +35,8 @@ class Thresholds:
     Attributes:
         start: A bit for each plane, the most significant first.
         flips: For each plane float32 numbers t, ascending: the bit flips where x > t.
+        magnitudes: For each plane float32 numbers t, ascending: the bit flips where |x| > t. Each stands for two
+            flips, at -t and t.
 
     Raises:
         ArithmeticError: A threshold that is not finite. No input may lead here: it is a fault of the search.
@@ -41,10 +44,15 @@ class Thresholds:
 
     start: tuple[bool, ...]
     flips: tuple[tuple[float, ...], ...]
+    magnitudes: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(t) for plane in self.flips for t in plane):
+        if not all(math.isfinite(t) for plane in (*self.flips, *self.magnitudes) for t in plane):
             raise ArithmeticError(f"thresholds must be finite; got {self}")
+
+    def planes(self) -> Iterator[tuple[bool, tuple[float, ...], tuple[float, ...]]]:
+        """The bit at -infinity, the flips and the magnitudes of each plane."""
+        return zip(self.start, self.flips, self.magnitudes or ((),) * len(self.flips), strict=True)
 
 
 def find_thresholds(derivative: Function, codebook: Codebook, sampled: Array) -> Thresholds | None:
@@ -79,7 +87,34 @@ def find_thresholds(derivative: Function, codebook: Codebook, sampled: Array) ->
     if sum(map(len, flips)) > _MOST_FLIPS:
         return None
     start = tuple(bool(first >> bit & 1) for bit in reversed(range(codebook.bits)))
-    return Thresholds(start, tuple(map(tuple, flips)))
+    return _with_magnitudes(Thresholds(start, tuple(map(tuple, flips))), derivative, codebook)
+
+
+def _with_magnitudes(thresholds: Thresholds, derivative: Function, codebook: Codebook) -> Thresholds:
+    """The same, with one comparison of |x| for two of x wherever flips mirror each other.
+
+    Below -t the two forms differ at the float32 -t itself, so the derivative must not jump there.
+    """
+    planes = []
+    for start, flips, _ in thresholds.planes():
+        pairs = [t for t in flips if t > 0 and _mirror_of(t, flips) is not None]
+        pairs = [t for t in pairs if not _jumps(derivative, codebook, np.array([-t, t]))]
+        alone = tuple(u for u in flips if u not in pairs and u not in [_mirror_of(t, flips) for t in pairs])
+        planes.append((start ^ (len(pairs) % 2 == 1), alone, tuple(pairs)))
+    start, flips, magnitudes = zip(*planes, strict=True)
+    return Thresholds(start, flips, magnitudes)
+
+
+def _mirror_of(t: float, flips: Collection[float]) -> float | None:
+    """The flip at -t, where there is one, but for rounding."""
+    return next((u for u in flips if abs(u + t) <= _MIRRORED * t), None)
+
+
+def _jumps(derivative: Function, codebook: Codebook, x: Array) -> bool:
+    """Whether f' jumps at one of some float32 numbers."""
+    around = np.abs(x) * _MIRRORED
+    change = np.abs(derivative(x + around) - derivative(x - around))
+    return bool((change > 1e3 * _JUMP * (codebook.levels[-1] - codebook.levels[0])).any())
 
 
 def _changes(derivative: Function, codebook: Codebook, x: Array) -> tuple[Array, Array, Array] | None:

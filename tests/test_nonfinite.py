@@ -22,7 +22,7 @@ from fewbit_fx import FewBitConfig
 from fewbit_fx.bitplanes import BitPlanes
 from fewbit_fx.codec import bits_by_value, encode, scale
 from fewbit_fx.coding import fit_coding
-from fewbit_fx.escape import MARK, Undefined, find_undefined, is_not_finite
+from fewbit_fx.escape import MARK, Undefined, find_undefined, is_finite
 from fewbit_fx.functions import ACTIVATIONS, derivative_of
 from fewbit_fx.levels import bits_for
 
@@ -222,7 +222,7 @@ def test_the_escape(shape: list[int], bits: int, missing: int, lanes: int, rate:
 
 
 def _there_and_back(values: Tensor, levels: tuple[float, ...], layout: BitPlanes) -> Tensor:
-    planes = encode(values, lambda v: [*bits_by_value(v, levels), is_not_finite(v)], layout, guarded=True)
+    planes = encode(values, lambda v: [*bits_by_value(v, levels), is_finite(v)], layout, guarded=True)
     assert len(planes) == bits_for(levels) * layout.parts(values)
     assert sum(p.nbytes for p in planes) == bits_for(levels) * layout.nbytes(values)
     return scale(torch.ones_like(values), planes, levels, layout, values.dtype, guarded=True)
@@ -268,11 +268,11 @@ def test_what_is_undefined_is_found() -> None:
 def test_where_it_is_undefined(which: int, dtype: torch.dtype) -> None:
     undefined = Undefined(*(bool(which >> i & 1) for i in range(3)))
     x = torch.tensor([*BAD, -BAD[0], 0.0, -0.0, 1e-45, torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype)
-    expected = [undefined.nan, undefined.positive, undefined.negative, undefined.nan, *[False] * 5]
-    assert undefined.at(x).tolist() == expected
+    expected = [not undefined.nan, not undefined.positive, not undefined.negative, not undefined.nan, *[True] * 5]
+    assert undefined.spares(x).tolist() == expected
     if dtype == torch.float32:
-        marked = undefined.at(x, signs=True)
-        assert (marked if marked.dtype == torch.bool else marked < 0).tolist() == expected
+        spared = undefined.spares(x, signs=True)
+        assert (spared if spared.dtype == torch.bool else spared < 0).tolist() == expected
 
 
 def test_exact_one_bit_codes_need_no_guard() -> None:
