@@ -234,8 +234,7 @@ def has_size_from_data(value: Tensor) -> bool:
 
     Such a symbol has no value when compiling, and a trace of new operations on it cannot bind it.
     """
-    jagged = any(isinstance(n, torch.SymInt) and is_nested_int(n) for n in value.shape)
-    return jagged or bool(free_unbacked_symbols(value))
+    return any(map(is_nested_int, value.shape)) or bool(free_unbacked_symbols(value))
 
 
 def size_symbols(value: Tensor) -> frozenset[object]:
@@ -347,8 +346,9 @@ def _donation_by_choice() -> Iterator[None]:
     AOTAutograd donates saved tensors by a rule of its own, which no partitioner has a say in. To switch its setting
     off for one graph does not do: the backward then has None for a list, which its check takes for a donation.
     """
-    from torch._functorch._aot_autograd import graph_compile
+    from torch._functorch._aot_autograd import graph_compile as module
 
+    graph_compile: Any = module
     rule = graph_compile.collect_bw_donated_buffer_idxs
 
     def collect(forward: fx.GraphModule, backward: fx.GraphModule, metadata: Any) -> list[int]:

@@ -101,8 +101,7 @@ def _with_magnitudes(thresholds: Thresholds, derivative: Function, codebook: Cod
         pairs = [t for t in pairs if not _jumps(derivative, codebook, np.array([-t, t]))]
         alone = tuple(u for u in flips if u not in pairs and u not in [_mirror_of(t, flips) for t in pairs])
         planes.append((start ^ (len(pairs) % 2 == 1), alone, tuple(pairs)))
-    start, flips, magnitudes = zip(*planes, strict=True)
-    return Thresholds(start, flips, magnitudes)
+    return Thresholds(*(tuple(parts) for parts in zip(*planes, strict=True)))
 
 
 def _mirror_of(t: float, flips: Collection[float]) -> float | None:

@@ -95,18 +95,20 @@ def test_a_transformer_block(dtype: torch.dtype, dropout: float, lora: bool) -> 
     assert fewbit.counts == plain.counts
 
 
+PASSED_OVER = 16  # bytes spilled by a configuration, above which Inductor takes another
+
+
 @pytest.mark.parametrize("bits", [1, 3, 4])
 @pytest.mark.parametrize("activation", [F.gelu, F.silu])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_kernel_spills_on_sm90(dtype: torch.dtype, activation: Callable[[Tensor], Tensor], bits: int) -> None:
     """In none of the configurations that Inductor would try but the largest, which it passes over where it spills.
 
-    Inductor's own bound on bytes is 16. The largest holds the words of all planes in registers, and those of what
+    The largest holds the words of all planes in registers, and those of what
     is not finite beside them.
     """
     generated = generate(mlp(activation), (2048, 256), dtype, FewBitConfig(bits=bits, strict=True))
     assert all(site.action != "left exact" for site in generated.record.sites)
     for kernel in (*generated.forward, *generated.backward):
-        *smaller, _largest = compile_for_sm90(kernel)
-        assert len(smaller) == 0 or all(r.spilled <= 16 for r in smaller), kernel.name
-        assert smaller or _largest.spilled == 0, kernel.name
+        *smaller, largest = compile_for_sm90(kernel)
+        assert all(r.spilled <= PASSED_OVER for r in smaller or [largest]), kernel.name
