@@ -13,7 +13,6 @@ from fewbit_fx.density import Typical
 from fewbit_fx.escape import Undefined, find_undefined, is_finite
 from fewbit_fx.levels import Codebook, fit_codebook
 from fewbit_fx.sampling import Function, sample_derivative
-from fewbit_fx.symmetry import mirrored
 from fewbit_fx.thresholds import Thresholds, find_thresholds
 
 
@@ -63,5 +62,5 @@ def fit_coding(derivative: Function, bits: int) -> Coding:
     """
     FewBitConfig(bits=bits)
     sample = sample_derivative(derivative, Typical())
-    book = mirrored(fit_codebook(sample.values, sample.weights, bits), derivative, sample)
+    book = fit_codebook(sample.values, sample.weights, bits)
     return Coding(book, find_thresholds(derivative, book, sample.x), find_undefined(derivative))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.density import Density, Observed, Typical, parse_density
+from fewbit_fx.density import Density, Observed, parse_density
 from fewbit_fx.function_cache import kept_with_the_function
 from fewbit_fx.functions import Pointwise, activation, derivative_of
 from fewbit_fx.levels import Codebook, fit_codebook
 from fewbit_fx.sampling import Function, sample_derivative
-from fewbit_fx.symmetry import mirrored
 
 
 def codebook(function: str | Pointwise, bits: int, density: Density | Tensor | str = "uniform") -> Codebook:
@@ -51,5 +50,4 @@ def _fitted(function: Pointwise, bits: int, density: Density) -> Codebook:
 def fit(derivative: Function, bits: int, density: Density) -> Codebook:
     """The codebook of a derivative that is given itself. Raises as :func:`codebook` does."""
     sample = sample_derivative(derivative, density)
-    book = fit_codebook(sample.values, sample.weights, bits)
-    return mirrored(book, derivative, sample) if isinstance(density, Typical) else book
+    return fit_codebook(sample.values, sample.weights, bits)

@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
+_NEARLY = 1e-5  # by so much of itself the squared error may rise for levels that mirror themselves
+
 
 @dataclass(frozen=True)
 class Codebook:
@@ -97,12 +99,28 @@ def fit_codebook(values: Array, weights: Array, bits: int, max_points: int = 204
             f"got shapes {values.shape} and {weights.shape}"
         )
     points, mass = _merge(values, weights, max_points)
-    levels = optimal_levels(points, mass, 2**bits)
-    nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, values, side="right")]
-    squared_error = float(np.average((values - nearest) ** 2, weights=weights))
+    levels = _mirrored(optimal_levels(points, mass, 2**bits), values, weights)
+    squared_error = _squared_error(levels, values, weights)
     power = float(np.average(values**2, weights=weights))
     relative = math.sqrt(squared_error / power) if power > 0 else 0.0
     return Codebook(tuple(levels.tolist()), relative, squared_error)
+
+
+def _mirrored(levels: Array, values: Array, weights: Array) -> Array:
+    """Levels that mirror themselves, level + mirrored level = c, where the best ones do but for the sample's bins.
+
+    Those of GELU, SiLU and softplus do, since f'(-x) = 1 - f'(x). Then half of the code follows from |x|, and encoding
+    is cheaper.
+    """
+    other = (levels + (values.min() + values.max()) - levels[::-1]) / 2
+    best = _squared_error(levels, values, weights)
+    return other if _squared_error(other, values, weights) <= (1 + _NEARLY) * best else levels
+
+
+def _squared_error(levels: Array, values: Array, weights: Array) -> float:
+    """Weighted mean of the squared distance to the nearest level."""
+    nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, values, side="right")]
+    return float(np.average((values - nearest) ** 2, weights=weights))
 
 
 def optimal_levels(points: Array, mass: Array, k: int) -> Array:
