@@ -24,6 +24,7 @@ _COARSE_POINTS = 20_001
 _FAR = 1e30  # where even |x|^0.001 has left the range that it has on the line; its cube is finite in float64
 _FAR_POINTS = 257
 _SETTLED = 1e-2  # share of the derivative's range within which it counts as having reached its limit
+_SETTLES_WITHIN = 1e4  # beyond, as where f' decays like 1/sqrt(x), a window stands for x better
 _WINDOWS = (1e2, 1e3, 1e4, 1e5)  # for derivatives that never settle: the first that shows nearly all their values
 _TAIL_TOLERANCE = 2 * _SETTLED  # share of the sampled range by which values elsewhere may leave it
 _NEAR_TOLERANCE = 0.3  # the same of values between the points of the grid
@@ -138,7 +139,7 @@ def _where_it_varies(x: Array, values: Array) -> Extent:
     settled = {-1: _settling_point(-x[::-1], values[::-1]), 1: _settling_point(x, values)}
     ends = tuple(float(x[0] if side < 0 else x[-1]) for side, point in settled.items() if point <= _LINE)
     farthest = max(settled.values())
-    for reach in (farthest,) if farthest <= _WINDOWS[-1] else _WINDOWS:
+    for reach in (farthest,) if farthest <= _SETTLES_WITHIN else _WINDOWS:
         within = values[np.abs(x) <= reach]
         if _outside(values, within) <= _TAIL_TOLERANCE:
             return Extent(reach, ends)
