@@ -155,15 +155,15 @@ class _InGraph(torch.autograd.Function):
         def bits_of(blocks: Tensor) -> list[Tensor]:
             return encoder.coding.bits(blocks, lambda b: encoder.derivative(at_least_float32(b)))
 
-        ctx.guarded = encoder.coding.guarded
-        ctx.save_for_backward(*encode(x, bits_of, layout, ctx.guarded))
+        ctx.kind = encoder.coding.guarded, encoder.coding.mirrored
+        ctx.save_for_backward(*encode(x, bits_of, layout, *ctx.kind))
         ctx.levels, ctx.layout, ctx.dtype = coded.levels, layout, x.dtype
         return coded.value(function, x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         levels, layout = ctx.levels, ctx.layout
-        return scale(gradient, ctx.saved_tensors, levels, layout, ctx.dtype, multiply, ctx.guarded), None, None
+        return scale(gradient, ctx.saved_tensors, levels, layout, ctx.dtype, multiply, *ctx.kind), None, None
 
 
 def apply_frozen_prelu(x: Tensor, weight: Tensor) -> Tensor:

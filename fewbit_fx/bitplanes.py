@@ -97,12 +97,6 @@ class BitPlanes:
         """Words of :meth:`pack`, and the same weights -> the boolean blocks."""
         return (words & weights) != 0
 
-    def unpack_masks(self, planes: Sequence[Tensor]) -> list[Tensor]:
-        """The same blocks for several planes, as int32: all ones where the bit is set, or 0."""
-        places = torch.arange(WORD_BITS, dtype=torch.int32, device=planes[0].device).unsqueeze(-1)
-        shifts = WORD_BITS - 1 - places
-        return [(plane << shifts) >> (WORD_BITS - 1) for plane in planes]
-
     def spread(self, words: Tensor) -> Tensor:
         """What is known of each word, in the shape of its block: for each of its elements."""
         return words.expand(*words.shape[:-2], WORD_BITS, self.lanes)

@@ -20,8 +20,6 @@ from fewbit_fx.thresholds import Thresholds
 # From numbers to the bits of their codes, the most significant first: booleans, or the signs of int32.
 BitsOf = Callable[[Tensor], list[Tensor]]
 
-_BITS_OF_NAN = 0x7FC00000
-
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or in float64 where it is."""
@@ -74,7 +72,9 @@ def _flipping(x: Tensor, start: bool, flips: Sequence[tuple[Tensor, float]], sig
     return torch.bitwise_not(bit) if start else bit
 
 
-def encode(x: Tensor, bits_of: BitsOf, layout: BitPlanes, guarded: bool = False) -> list[Tensor]:
+def encode(
+    x: Tensor, bits_of: BitsOf, layout: BitPlanes, guarded: bool = False, mirrored: bool = False
+) -> list[Tensor]:
     """The planes of the codes of a tensor: for each part of the layout as many as a code has bits.
 
     Args:
@@ -82,10 +82,17 @@ def encode(x: Tensor, bits_of: BitsOf, layout: BitPlanes, guarded: bool = False)
         bits_of: Takes blocks of x, returns blocks of bits.
         layout: Of x.
         guarded: The last bits say what is finite (``escape``).
+        mirrored: The levels are (``levels.is_mirrored``).
     """
     weights = bit_weights(x.device)
     parts = [[layout.pack(bit, weights) for bit in bits_of(part)] for part in layout.split(x)]
-    return [plane for words in parts for plane in (mark(words) if guarded else words)]
+    return [plane for words in parts for plane in (marked_words(words, mirrored) if guarded else words)]
+
+
+def marked_words(words: Sequence[Tensor], mirrored: bool) -> list[Tensor]:
+    """The planes of one part, from those and what is finite. Of mirrored levels, the first bit stays as it is."""
+    free = 1 if mirrored else 0
+    return [*words[:free], *mark(words[free:])]
 
 
 def scale(
@@ -96,6 +103,7 @@ def scale(
     dtype: torch.dtype,
     product: Callable[[Tensor, Tensor], Tensor] = torch.mul,
     guarded: bool = False,
+    mirrored: bool = False,
 ) -> Tensor:
     """``gradient * level``, with the levels that the codes name.
 
@@ -110,37 +118,32 @@ def scale(
         layout: Of what was encoded.
         dtype: Of the result; the product is taken in float32, or float64 where the gradient is.
         product: Instead of the plain one.
-        guarded: As in :func:`encode`.
+        guarded, mirrored: As in :func:`encode`.
     """
 
     wide = at_least_float32(gradient)
     table = [_scalar(level, wide) for level in by_code(levels)]
 
     def scaled(g: Tensor, bits: Sequence[Tensor]) -> Tensor:
-        return product(g, choose_level(table, bits, guarded)).to(dtype)
+        return product(g, choose_level(table, bits, guarded, mirrored)).to(dtype)
 
-    count, signs = bits_for(levels), takes_signs(gradient, True)
-    parts = [unpack(planes[i : i + count], layout, guarded, signs) for i in range(0, len(planes), count)]
+    count = bits_for(levels)
+    parts = [unpack(planes[i : i + count], layout, guarded) for i in range(0, len(planes), count)]
     if len(parts) == 1:
         return scaled(wide, [layout.join([bit], gradient) for bit in parts[0]])
     return layout.join([scaled(g, bits) for g, bits in zip(layout.split(wide), parts, strict=True)], gradient)
 
 
-def unpack(planes: Sequence[Tensor], layout: BitPlanes, guarded: bool, signs: bool) -> list[Tensor]:
-    """The bits of the codes of one part, for :func:`choose_level`.
+def unpack(planes: Sequence[Tensor], layout: BitPlanes, guarded: bool) -> list[Tensor]:
+    """The bits of the codes of one part, and behind them, where guarded, which words are marked.
 
     Args:
         planes: Of the part, the most significant first.
         layout: Of what was encoded.
-        guarded: Add which words are marked, behind the bits.
-        signs: Bits not as booleans, but as int32 of ones or zeros only: half the work, where
-            :func:`takes_signs` says that these vectorise.
+        guarded: As in :func:`encode`.
     """
-    if signs:
-        bits = layout.unpack_masks(planes)
-    else:
-        weights = bit_weights(planes[0].device)
-        bits = [layout.unpack(plane, weights) for plane in planes]
+    weights = bit_weights(planes[0].device)
+    bits = [layout.unpack(plane, weights) for plane in planes]
     return [*bits, layout.spread(is_marked(planes[-1]))] if guarded else bits
 
 
@@ -155,24 +158,25 @@ def multiply(gradient: Tensor, level: Tensor) -> Tensor:
     return torch.where(level == 0, 0.0, gradient * level)
 
 
-def choose_level(table: Sequence[Tensor], bits: Sequence[Tensor], guarded: bool) -> Tensor:
+def choose_level(table: Sequence[Tensor], bits: Sequence[Tensor], guarded: bool, mirrored: bool = False) -> Tensor:
     """The level of each code.
 
     Args:
         table: Of :func:`by_code`, scalar tensors.
         bits: Of :func:`unpack`.
-        guarded: The same.
+        guarded, mirrored: As in :func:`encode`.
     """
-    masks = bits[0].dtype == torch.int32
-    candidates = [level.view(torch.int32) for level in table] if masks else list(table)
-    if guarded:
-        *bits, last, marked = bits
-        candidates = _halved(candidates, last)
-        reserved = sum(bit << i for i, bit in enumerate(reversed(reserved_prefix(len(bits) + 1))))
-        nan = _BITS_OF_NAN if masks else float("nan")
-        candidates[reserved] = torch.where(marked, nan, candidates[reserved])
-    chosen = choose(candidates, bits)
-    return chosen.view(torch.float32) if masks else chosen
+    if mirrored:
+        half = len(table) // 2
+        level = choose_level(table[:half], bits[1:], guarded)
+        return torch.where(bits[0], table[0] + table[half] - level, level)
+    if not guarded:
+        return choose(table, bits)
+    *prefix, last, marked = bits
+    candidates = _halved(table, last)
+    reserved = sum(bit << i for i, bit in enumerate(reversed(reserved_prefix(len(prefix) + 1))))
+    candidates[reserved] = torch.where(marked, float("nan"), candidates[reserved])
+    return choose(candidates, prefix)
 
 
 def choose(candidates: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
@@ -185,10 +189,7 @@ def choose(candidates: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
 
 def _halved(candidates: Sequence[Tensor], bit: Tensor) -> list[Tensor]:
     """Of each pair of candidates the one that the least significant bit of their index names."""
-    pairs = zip(candidates[::2], candidates[1::2], strict=True)
-    if bit.dtype == torch.bool:
-        return [torch.where(bit, high, low) for low, high in pairs]
-    return [torch.bitwise_xor(low, bit & torch.bitwise_xor(low, high)) for low, high in pairs]
+    return [torch.where(bit, high, low) for low, high in zip(candidates[::2], candidates[1::2], strict=True)]
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from fewbit_fx.codec import at_least_float32, bits_by_threshold, bits_by_value, 
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.density import Typical
 from fewbit_fx.escape import Undefined, find_undefined, is_finite
-from fewbit_fx.levels import Codebook, fit_codebook
+from fewbit_fx.levels import Codebook, fit_codebook, is_mirrored
 from fewbit_fx.sampling import Function, sample_derivative
 from fewbit_fx.thresholds import Thresholds, find_thresholds
 
@@ -24,11 +24,13 @@ class Coding:
         codebook: Its levels.
         thresholds: Where on the x axis the code changes; None if codes come from the values of f'.
         undefined: Which of NaN and the infinities have a derivative that is not finite; None if none has.
+        mirrored: Half of the levels follow from the others (``levels.is_mirrored``).
     """
 
     codebook: Codebook
     thresholds: Thresholds | None
     undefined: Undefined | None
+    mirrored: bool = False
 
     @property
     def guarded(self) -> bool:
@@ -63,4 +65,5 @@ def fit_coding(derivative: Function, bits: int) -> Coding:
     FewBitConfig(bits=bits)
     sample = sample_derivative(derivative, Typical())
     book = fit_codebook(sample.values, sample.weights, bits)
-    return Coding(book, find_thresholds(derivative, book, sample.x), find_undefined(derivative))
+    thresholds = find_thresholds(derivative, book, sample.x)
+    return Coding(book, thresholds, find_undefined(derivative), is_mirrored(book.levels))

@@ -11,7 +11,7 @@ plane holds one number, :data:`MARK`, and the other planes, the prefix of the co
 
 Flipping the least significant bit of a Gray code gives a level next to it; a word is MARK by chance once in 2^32.
 The finite elements of a marked word keep b - 1 bits. With 1 bit there is no prefix, and all 32 elements of a
-marked word are NaN.
+marked word are NaN. Where the levels mirror themselves, all this is about the code without its first bit.
 
 All this is arithmetic on words, a 32nd of that on elements. Per element it takes a bit more to pack, whether
 the derivative is finite, and when decoding a choice more.

@@ -31,9 +31,8 @@ from fewbit_fx.bitplanes import (
     lanes_for,
     memory_order,
 )
-from fewbit_fx.codec import at_least_float32, by_code, choose_level, multiply, takes_signs, unpack
+from fewbit_fx.codec import at_least_float32, by_code, choose_level, marked_words, multiply, unpack
 from fewbit_fx.coding import Coding
-from fewbit_fx.escape import mark
 from fewbit_fx.frames import in_a_frame_of_its_own
 from fewbit_fx.functions import Pointwise
 
@@ -135,10 +134,11 @@ def multiply_by_level(gradient: Tensor, words: Tensor, coding: Coding, form: For
     Returns:
         Tensor of the form of x.
     """
-    kernel = _decoder(coding.codebook.bits, coding.guarded, gradient.dtype, form.dtype, form.device.type)
+    book, guarded, mirrored = coding.codebook, coding.guarded, coding.mirrored
+    kernel = _decoder(book.bits, guarded, mirrored, gradient.dtype, form.dtype, form.device.type)
     with _plain_arithmetic(gradient):
         table = _kept_levels if runs_compiled(gradient) else _levels
-        levels = table(coding.codebook.levels, form.device)
+        levels = table(book.levels, form.device)
         flat, first = form.flatten(gradient), form.whole // WORD_BITS
         parts = []
         if form.whole:
@@ -185,7 +185,8 @@ def _encoder(derivative: Pointwise, coding: Coding) -> Kernel:
         bits = coding.bits(layout.blocks(x), lambda blocks: derivative(at_least_float32(blocks)), compiled)
         weights = bit_weights(x.device)
         planes = [layout.pack(bit, weights) for bit in bits]
-        return torch.stack([plane.view(-1) for plane in (mark(planes) if coding.guarded else planes)])
+        saved = marked_words(planes, coding.mirrored) if coding.guarded else planes
+        return torch.stack([plane.view(-1) for plane in saved])
 
     def encoder(x: Tensor) -> Tensor:
         return words(x, True)
@@ -194,19 +195,17 @@ def _encoder(derivative: Pointwise, coding: Coding) -> Kernel:
 
 
 @functools.lru_cache(maxsize=256)
-def _decoder(bits: int, guarded: bool, _gradient: torch.dtype, dtype: torch.dtype, _device: str) -> Kernel:
-    def decode(compiled: bool, gradient: Tensor, words: Tensor, levels: Tensor) -> Tensor:
+def _decoder(
+    bits: int, guarded: bool, mirrored: bool, _gradient: torch.dtype, dtype: torch.dtype, _device: str
+) -> Kernel:
+    def decoder(gradient: Tensor, words: Tensor, levels: Tensor) -> Tensor:
         layout = BitPlanes(lanes_for(gradient.device, dtype)[0])
         wide = at_least_float32(layout.blocks(gradient))
-        planes = words.view(bits, -1, 1, layout.lanes).unbind()
-        codes = unpack(planes, layout, guarded, takes_signs(gradient, compiled))
-        level = choose_level(levels.to(wide.dtype).unbind(), codes, guarded)
+        codes = unpack(words.view(bits, -1, 1, layout.lanes).unbind(), layout, guarded)
+        level = choose_level(levels.to(wide.dtype).unbind(), codes, guarded, mirrored)
         return multiply(wide, level).to(dtype).view(-1)
 
-    def decoder(gradient: Tensor, words: Tensor, levels: Tensor) -> Tensor:
-        return decode(True, gradient, words, levels)
-
-    return Kernel(decoder, functools.partial(decode, False))
+    return Kernel(decoder)
 
 
 def _levels(levels: tuple[float, ...], device: torch.device) -> Tensor:

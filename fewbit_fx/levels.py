@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
+_BITS_BELOW = 23  # of a float32's 24: so that the sum of two levels, and their difference from it, are exact
 _NEARLY = 1e-5  # by so much of itself the squared error may rise for levels that mirror themselves
 
 
@@ -107,14 +108,28 @@ def fit_codebook(values: Array, weights: Array, bits: int, max_points: int = 204
 
 
 def _mirrored(levels: Array, values: Array, weights: Array) -> Array:
-    """Levels that mirror themselves, level + mirrored level = c, where the best ones do but for the sample's bins.
+    """Levels that mirror themselves, where the best ones do but for the sample's bins: see :func:`is_mirrored`.
 
-    Those of GELU, SiLU and softplus do, since f'(-x) = 1 - f'(x). Then half of the code follows from |x|, and encoding
-    is cheaper.
+    Those of GELU, SiLU and softplus do, since f'(-x) = 1 - f'(x). Then half of the code follows from |x|, and half of
+    the levels from the others.
     """
-    other = (levels + (values.min() + values.max()) - levels[::-1]) / 2
+    grid = 2.0 ** (math.frexp(float(np.abs(values).max()))[1] - _BITS_BELOW)
+    centre = grid * np.round((values.min() + values.max()) / grid)
+    low = grid * np.round((levels + centre - levels[::-1])[: (len(levels) + 1) // 2] / 2 / grid)
+    other = np.concatenate([low, centre - low[: len(levels) // 2][::-1]])
     best = _squared_error(levels, values, weights)
     return other if _squared_error(other, values, weights) <= (1 + _NEARLY) * best else levels
+
+
+def is_mirrored(levels: tuple[float, ...]) -> bool:
+    """Whether levels come in pairs of one sum, in float32 without rounding, and every code of 3 bits or more is one.
+
+    The Gray code of a level differs from its pair's in the first bit alone.
+    """
+    centre = levels[0] + levels[-1]
+    exact = all(float(np.float32(number)) == number for number in (centre, *levels))
+    pairs = all(low + high == centre for low, high in zip(levels, reversed(levels), strict=True))
+    return len(levels) == 2 ** bits_for(levels) >= 8 and exact and pairs
 
 
 def _squared_error(levels: Array, values: Array, weights: Array) -> float:

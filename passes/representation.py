@@ -52,7 +52,8 @@ class Coded:
     def encode(self, site: DerivativeSite, x: Tensor) -> list[Tensor]:
         """Bit planes of f'(x)."""
         coding = self.coding
-        return encode(x, lambda blocks: coding.bits(blocks, site.derivative), self.layout(site), coding.guarded)
+        layout = self.layout(site)
+        return encode(x, lambda b: coding.bits(b, site.derivative), layout, coding.guarded, coding.mirrored)
 
     def planes(self, site: DerivativeSite) -> int:
         """How many planes there are."""
@@ -60,8 +61,9 @@ class Coded:
 
     def gradient(self, site: DerivativeSite, g: Tensor, planes: list[Tensor]) -> Tensor:
         """The exit gradient, from the entry gradient and the planes."""
-        dtype = value_of(site.exit).dtype
-        return scale(g, planes, self.codebook.levels, self.layout(site), dtype, guarded=self.coding.guarded)
+        dtype, guarded, mirrored = value_of(site.exit).dtype, self.coding.guarded, self.coding.mirrored
+        levels, layout = self.codebook.levels, self.layout(site)
+        return scale(g, planes, levels, layout, dtype, guarded=guarded, mirrored=mirrored)
 
     def nbytes(self, site: DerivativeSite) -> int:
         """Bytes of all the planes, by hint where the size is symbolic."""
