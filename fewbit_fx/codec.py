@@ -67,9 +67,12 @@ def _flipping(x: Tensor, start: bool, flips: Sequence[tuple[Tensor, float]], sig
     """A bit that flips where each of some tensors is above a number."""
     if not flips:
         return torch.full_like(x, start, dtype=torch.bool)
-    beyond = [(_scalar(t, v) - v).view(torch.int32) if signs else v > _scalar(t, v) for v, t in flips]
-    bit = functools.reduce(torch.bitwise_xor, beyond)
-    return torch.bitwise_not(bit) if start else bit
+    if signs:
+        bit = functools.reduce(torch.bitwise_xor, [(_scalar(t, v) - v).view(torch.int32) for v, t in flips])
+        return torch.bitwise_not(bit) if start else bit
+    # The opposite comparison instead of a bitwise_not behind it, which costs a pass over the vector.
+    compare = [torch.le if start and i == 0 else torch.gt for i in range(len(flips))]
+    return functools.reduce(torch.bitwise_xor, [c(v, _scalar(t, v)) for c, (v, t) in zip(compare, flips, strict=True)])
 
 
 def encode(
@@ -85,14 +88,23 @@ def encode(
         mirrored: The levels are (``levels.is_mirrored``).
     """
     weights = bit_weights(x.device)
-    parts = [[layout.pack(bit, weights) for bit in bits_of(part)] for part in layout.split(x)]
-    return [plane for words in parts for plane in (marked_words(words, mirrored) if guarded else words)]
+    planes = []
+    for part in layout.split(x):
+        words = [layout.pack(bit, weights) for bit in bits_of(part)]
+        planes += marked_words(words, part, mirrored) if guarded else words
+    return planes
 
 
-def marked_words(words: Sequence[Tensor], mirrored: bool) -> list[Tensor]:
-    """The planes of one part, from those and what is finite. Of mirrored levels, the first bit stays as it is."""
+def marked_words(words: Sequence[Tensor], blocks: Tensor, mirrored: bool) -> list[Tensor]:
+    """The planes to save of one part. Of mirrored levels, the first bit stays as it is.
+
+    Args:
+        words: Of each bit, the most significant first, and of what is finite.
+        blocks: What was encoded, shape (..., 32, lanes).
+        mirrored: As in :func:`encode`.
+    """
     free = 1 if mirrored else 0
-    return [*words[:free], *mark(words[free:])]
+    return [*words[:free], *mark(words[free:], blocks)]
 
 
 def scale(

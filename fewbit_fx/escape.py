@@ -98,14 +98,15 @@ def reserved_prefix(bits: int) -> tuple[bool, ...]:
     return tuple(position < 2 for position in range(bits - 1))
 
 
-def mark(words: Sequence[Tensor]) -> list[Tensor]:
+def mark(words: Sequence[Tensor], blocks: Tensor) -> list[Tensor]:
     """The words to save of b planes.
 
     Args:
         words: int32, of b planes, the most significant first, and of the bits of what is finite.
+        blocks: What was encoded, shape (..., 32, lanes).
     """
     *prefix, last, finite = words
-    finite = _in_the_loop_of_lanes(finite)
+    finite = _in_the_loop_of_lanes(finite, blocks)
     undefined = torch.bitwise_not(finite)
     poisoned = undefined != 0
     last = torch.where(poisoned, MARK, torch.where(last == MARK, torch.bitwise_xor(last, 1), last))
@@ -118,17 +119,16 @@ def mark(words: Sequence[Tensor]) -> list[Tensor]:
     return [*(w | undefined if bit else w & finite for w, bit in zip(beside, reserved, strict=True)), last]
 
 
-def _in_the_loop_of_lanes(words: Tensor) -> Tensor:
-    """The same words, by an expression of their lane: so that Inductor works on them where it has packed them.
+def _in_the_loop_of_lanes(words: Tensor, blocks: Tensor) -> Tensor:
+    """The same words, by an expression that reads a row of their blocks.
 
-    Otherwise, on a CPU, it merges the loops over blocks and lanes to one, which no longer is the packing's, and
-    reads and writes all planes again.
+    On a CPU Inductor then works on them in the loop that packed them, with vectors of the same length. Otherwise
+    it merges the loops over blocks and lanes to one of its own, and reads and writes all planes again.
     """
-    lanes = words.shape[-1]
-    if lanes == 1:
+    if words.shape[-1] == 1:
         return words
-    nothing = torch.arange(lanes, dtype=torch.int32, device=words.device) >> 31
-    return words | nothing
+    nothing = blocks[..., :1, :].abs() < 0
+    return words | nothing.to(torch.int32)
 
 
 def is_marked(words: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def _encoder(derivative: Pointwise, coding: Coding) -> Kernel:
         bits = coding.bits(layout.blocks(x), lambda blocks: derivative(at_least_float32(blocks)), compiled)
         weights = bit_weights(x.device)
         planes = [layout.pack(bit, weights) for bit in bits]
-        saved = marked_words(planes, coding.mirrored) if coding.guarded else planes
+        saved = marked_words(planes, layout.blocks(x), coding.mirrored) if coding.guarded else planes
         return torch.stack([plane.view(-1) for plane in saved])
 
     def encoder(x: Tensor) -> Tensor:
