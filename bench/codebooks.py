@@ -23,8 +23,8 @@ from rich.table import Table
 
 import fewbit_fx
 from bench.measure import conditions
-from fewbit_fx.density import Uniform
-from fewbit_fx.functions import ACTIVATIONS, derivative_of
+from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
+from fewbit_fx.codebooks.density import Uniform
 
 Array = npt.NDArray[np.float64]
 

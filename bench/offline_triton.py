@@ -21,8 +21,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fewbit_fx.passes.partitioner import FewBitPartitioner
-from fewbit_fx.passes.record import GraphRecord
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._inductor.debug import DebugContext
@@ -36,6 +34,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.passes.record import GraphRecord
 
 CUDA = torch.device("cuda", 0)
 H100 = DeviceProperties(
@@ -95,7 +95,7 @@ def generate(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, confi
         joint_graph_passes(joint)
     records: list[GraphRecord] = []
     static = list(range(len(names)))
-    with fake, mock.patch("fewbit_fx.bitplanes.lanes_for", return_value=(1,)):
+    with fake, mock.patch("fewbit_fx.codec.encode_decode.bitplanes.lanes_for", return_value=(1,)):
         partitioner = FewBitPartitioner(config, records.append)
         pair = partitioner(joint, _inputs(joint), num_fwd_outputs=1, static_lifetime_input_indices=static)
     forward, backward = (_kernels(_code(_on_cuda(gm, fake), fake)) for gm in pair)

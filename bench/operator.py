@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from rich import box
 from rich.table import Table
 from torch import Tensor
-from torch._functorch import config as functorch_config
 
 import fewbit_fx
 from bench.command import DTYPES, Command, bits_flag, milliseconds, parser_of, seconds_flag
 from bench.measure import keep_freed_memory, what_happened
 from bench.timing import Clock, Timing, clock_for, compare
-from fewbit_fx.frames import in_a_frame_of_its_own
+from fewbit_fx.torch_private.frames import with_own_code_object
+from fewbit_fx.torch_private.inductor import no_buffer_donated
 
 COLUMNS = 1024  # of x, so that it is a matrix as in a model
 SIZES = (2**16, 2**22, 2**26)
@@ -128,8 +128,8 @@ class Compiled:
         self._x, self._gradient = x, gradient
         # A donated buffer forbids a second backward. None of these functions' kernels would reuse one:
         # x and y are not donated, and masks and codes are smaller than grad_x.
-        with functorch_config.patch(donated_buffer=False):
-            self._function = torch.compile(in_a_frame_of_its_own(function), backend=backend, dynamic=False)
+        with no_buffer_donated():
+            self._function = torch.compile(with_own_code_object(function), backend=backend, dynamic=False)
             self._y = self._function(x)
             self.backward()
 

@@ -14,16 +14,17 @@ from fewbit_fx._version import require_torch
 require_torch()
 find_passes()
 
-from fewbit_fx import density, functional, nn  # noqa: E402  (only once torch is known to be new enough)
-from fewbit_fx._torch import register_backend  # noqa: E402
+from fewbit_fx import functional, nn  # noqa: E402  (only once torch is known to be new enough)
+from fewbit_fx.codebooks import density  # noqa: E402  (only once torch is known to be new enough)
+from fewbit_fx.codebooks.fitting import codebook  # noqa: E402
+from fewbit_fx.codebooks.levels import Codebook  # noqa: E402
+from fewbit_fx.codebooks.sampling import NotCodableError  # noqa: E402
 from fewbit_fx.config import FewBitConfig  # noqa: E402
 from fewbit_fx.conversion import convert  # noqa: E402
-from fewbit_fx.dynamo_backend import FewBitBackend, backend, fewbit, last_report  # noqa: E402
-from fewbit_fx.explainer import explain  # noqa: E402
-from fewbit_fx.fitting import codebook  # noqa: E402
-from fewbit_fx.levels import Codebook  # noqa: E402
-from fewbit_fx.report import Report  # noqa: E402
-from fewbit_fx.sampling import NotCodableError  # noqa: E402
+from fewbit_fx.dynamo.explainer import explain  # noqa: E402
+from fewbit_fx.dynamo.fewbit_backend import FewBitBackend, backend, fewbit, last_report  # noqa: E402
+from fewbit_fx.reporting.report import Report  # noqa: E402
+from fewbit_fx.torch_private.dynamo import register_backend  # noqa: E402
 
 __all__ = [
     "Codebook",

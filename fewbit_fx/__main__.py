@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fewbit_fx.density import Density, parse_density
-from fewbit_fx.fitting import codebook
-from fewbit_fx.functions import activation, derivative_of
-from fewbit_fx.levels import Codebook, gray_code
-from fewbit_fx.sampling import Sample, sample_derivative
-from fewbit_fx.table import text_table
+from fewbit_fx.codebooks.activations import activation, derivative_of
+from fewbit_fx.codebooks.density import Density, parse_density
+from fewbit_fx.codebooks.fitting import codebook
+from fewbit_fx.codebooks.levels import Codebook, gray_code
+from fewbit_fx.codebooks.sampling import Sample, sample_derivative
+from fewbit_fx.reporting.text_table import text_table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,7 +49,7 @@ def _show_codebook(name: str, bits: int, density: Density, plot: Path | None) ->
     )
     if plot is not None:
         try:
-            from fewbit_fx.plot import plot_codebook
+            from fewbit_fx.codebooks.plot import plot_codebook
         except ModuleNotFoundError as missing:
             raise ValueError(f"--plot needs {missing.name}: pip install 'fewbit-fx[plot]'") from missing
         plot_codebook(f"{name}, {bits} bits", book, sample, plot)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import fewbit_fx.functional
 import fewbit_fx.nn
-from fewbit_fx._torch import share_hooks, without_hooks
+from fewbit_fx.codebooks.sampling import NotCodableError
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.sampling import NotCodableError
+from fewbit_fx.torch_private.modules import share_hooks, without_hooks
 
 _MODULES: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): few_bit

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-def kept_with_the_function(make: Callable[..., Result]) -> Callable[..., Result]:
+def cached_per_function(make: Callable[..., Result]) -> Callable[..., Result]:
     """Cache ``make(function, *key)`` until the function is gone, so that nothing it closes over is kept alive.
 
     Equal functions share a result. A bound method, made anew at each look, lives as long as its object; an

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbit_fx._torch import is_plain
-from fewbit_fx.autograd import apply_activation, apply_frozen_prelu, apply_function
+from fewbit_fx.codebooks.activations import Pointwise
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.functions import Pointwise
+from fewbit_fx.eager.autograd import apply_activation, apply_frozen_prelu, apply_function
+from fewbit_fx.torch_private.tensors import is_plain
 
 _BITS = 3
 

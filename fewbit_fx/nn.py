@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewbit_fx import functional as F
-from fewbit_fx.autograd import apply_function
-from fewbit_fx.coded import coded_function
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.eager.autograd import apply_function
+from fewbit_fx.eager.coded_derivative import coded_function
 
 
 class _FewBit(nn.Module):

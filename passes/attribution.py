@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-from fewbit_fx.passes.graph import ancestors, by_name, closure, descendants, is_pointwise, tangents
-from fewbit_fx.passes.partition import Partition
-from fewbit_fx.passes.rewrite import SITE
-from fewbit_fx.passes.sites import MaskSite, Site, Unreadable, anchor
 from torch import fx
 
-from fewbit_fx._torch import storage_nbytes
+from fewbit_fx.torch_private.graphs import OpOverload
+from fewbit_fx.torch_private.sizes import storage_nbytes
+
+from .graph import ancestors, by_name, closure, descendants, is_pointwise, tangents
+from .partition import Partition
+from .rewrite import SITE
+from .sites import MaskSite, Site, Unreadable, anchor
 
 Claimant = Site | Unreadable
 
@@ -129,7 +130,7 @@ def _elementwise_ancestors(roots: list[fx.Node]) -> set[fx.Node]:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+    return isinstance(node.target, OpOverload) and node.target.is_view
 
 
 def _readers(backward: fx.Graph) -> dict[str, set[str]]:

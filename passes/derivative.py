@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fewbit_fx.passes.graph import COPIES, constant_value, prims, value_of
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from fewbit_fx._torch import real_mode
-from fewbit_fx.levels import Array
+from fewbit_fx.codebooks.levels import Array
+from fewbit_fx.torch_private.modes import real_mode
+
+from .graph import COPIES, constant_value, prims, value_of
 
 _X, _GRADIENT = 0, 1  # where the program finds its inputs
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from fewbit_fx.passes.graph import ancestors, by_name, closure, output_values
-from fewbit_fx.passes.partition import Partition
-from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
 from torch import fx
 
-from fewbit_fx._torch import storage_key, storage_nbytes
+from fewbit_fx.torch_private.sizes import storage_key, storage_nbytes
+
+from .graph import ancestors, by_name, closure, output_values
+from .partition import Partition
+from .sites import DerivativeSite, MaskSite, Site
 
 NOT_SAVED = "torch.compile saves nothing for it that does not live anyway"
 NEEDED = "the backward needs its exact value for something else too, so a code would save nothing"

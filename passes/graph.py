@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fewbit_fx._torch import inductor_decompositions, make_graph_module, statically_known_true
+from fewbit_fx.torch_private.graphs import OpOverload, inductor_decompositions, make_graph_module
+from fewbit_fx.torch_private.sizes import statically_known_true
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -58,7 +59,7 @@ def constant_value(node: fx.Node) -> float | int | bool | None:
 
 def is_pointwise(node: fx.Node) -> bool:
     """Each output element follows from the elements of the inputs at the same place, without chance."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
         return False
     tags = node.target.tags
     pointwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fewbit_fx.passes.graph import copy_module, output_values, placeholders, value_of
 from torch import Tensor, fx
 
-from fewbit_fx._torch import bare_symbol, is_symbol, storage_key, storage_nbytes
+from fewbit_fx.torch_private.sizes import bare_symbol, is_symbol, storage_key, storage_nbytes
+
+from .graph import copy_module, output_values, placeholders, value_of
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from fewbit_fx.passes.gain import Gain
-from fewbit_fx.passes.partition import Partition
-from fewbit_fx.passes.plan import choose
-from fewbit_fx.passes.record import GraphRecord, graph_record, unexamined_record
-from fewbit_fx.passes.representation import Exact, Representation, code_bytes
-from fewbit_fx.passes.rewrite import SiteError, rewrite
-from fewbit_fx.passes.sites import Site, find_sites
-from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
 
-from fewbit_fx import codec
-from fewbit_fx._torch import CustomPartitionerFn, donate_nothing
+import fewbit_fx
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.torch_private.inductor import CustomPartitionerFn, donate_nothing, min_cut_rematerialization_partition
+
+from .gain import Gain
+from .partition import Partition
+from .plan import choose
+from .record import GraphRecord, graph_record, unexamined_record
+from .representation import Exact, Representation, code_bytes
+from .rewrite import SiteError, rewrite
+from .sites import Site, find_sites
 
 logger = logging.getLogger("fewbit_fx")
 
@@ -130,7 +130,7 @@ def _warn_of(what: str, fault: BaseException) -> None:
 @functools.cache
 def _source_hash() -> str:
     digest = hashlib.sha256()
-    for folder in sorted({Path(__file__).parent, Path(codec.__file__).parent}):
+    for folder in sorted({Path(__file__).parent, Path(fewbit_fx.__file__).parent}):
         for file in sorted(folder.rglob("*.py")):
-            digest.update(file.name.encode() + file.read_bytes())
+            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
     return digest.hexdigest()

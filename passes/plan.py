@@ -6,19 +6,20 @@ import functools
 from collections.abc import Set
 
 import numpy as np
-from fewbit_fx.passes.derivative import Derivative, NotEvaluableError
-from fewbit_fx.passes.graph import value_of
-from fewbit_fx.passes.representation import Coded, Exact, PackedMask, Representation
-from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Origin, Site, anchor
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fewbit_fx._torch import has_size_from_data, hint, size_symbols
-from fewbit_fx.bitplanes import plane_layout
-from fewbit_fx.coding import Coding, fit_coding
+from fewbit_fx.codebooks.activations import is_affine
+from fewbit_fx.codebooks.sampling import NotCodableError
+from fewbit_fx.codec.bitplanes import plane_layout
+from fewbit_fx.codec.scheme import Coding, fit_coding
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.functions import is_affine
-from fewbit_fx.sampling import NotCodableError
+from fewbit_fx.torch_private.sizes import has_size_from_data, hint, size_symbols
+
+from .derivative import Derivative, NotEvaluableError
+from .graph import value_of
+from .representation import Coded, Exact, PackedMask, Representation
+from .sites import DerivativeSite, MaskSite, Origin, Site, anchor
 
 _RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 PRODUCT = "it is a product with a tensor, whose own values the backward needs"

@@ -7,18 +7,19 @@ import re
 from pathlib import Path
 
 import torch
-from fewbit_fx.passes.derivative import Derivative, NotEvaluableError
-from fewbit_fx.passes.graph import constant_value, is_pointwise
-from fewbit_fx.passes.sites import MaskSite, Site
 from torch import fx
 
-import fewbit_fx.codec
-from fewbit_fx.functions import is_affine, recognise
+import fewbit_fx
+from fewbit_fx.codebooks.activations import is_affine, recognise
+
+from .derivative import Derivative, NotEvaluableError
+from .graph import constant_value, is_pointwise
+from .sites import MaskSite, Site
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _ROOT = re.compile(r"^L\[['\"]\w+['\"]\]\.?")
 _INDEX = re.compile(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]")
-_OWN_FOLDER = str(Path(fewbit_fx.codec.__file__).parent)
+_OWN_FOLDER = Path(fewbit_fx.__file__).parent
 _RANDOM = frozenset({torch.ops.prims.inductor_random.default})
 
 
@@ -35,7 +36,7 @@ def module_path(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """``file:line`` of the innermost frame of the user's code, or ""."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    frames = [frame for frame in frames if not frame[0].startswith(_OWN_FOLDER)]  # explain's own call
+    frames = [frame for frame in frames if not Path(frame[0]).is_relative_to(_OWN_FOLDER)]  # explain's own call
     return ":".join(frames[-1]) if frames else ""
 
 

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fewbit_fx.passes.attribution import Leftover, Share, attribute
-from fewbit_fx.passes.graph import value_of
-from fewbit_fx.passes.partition import Partition
-from fewbit_fx.passes.provenance import function_name, module_path, source_line
-from fewbit_fx.passes.representation import Coded, Exact, Representation
-from fewbit_fx.passes.sites import DerivativeSite, Site, Unreadable, anchor
 from torch import fx
 
-from fewbit_fx._torch import compile_id, hint
+from fewbit_fx.torch_private.dynamo import compile_id
+from fewbit_fx.torch_private.sizes import hint
+
+from .attribution import Leftover, Share, attribute
+from .graph import value_of
+from .partition import Partition
+from .provenance import function_name, module_path, source_line
+from .representation import Coded, Exact, Representation
+from .sites import DerivativeSite, Site, Unreadable, anchor
 
 
 @dataclass(frozen=True)

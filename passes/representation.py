@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fewbit_fx.passes.graph import value_of
-from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site
 from torch import Tensor
 
-from fewbit_fx.bitplanes import BitPlanes, bit_weights, plane_layout
-from fewbit_fx.codec import encode, scale
-from fewbit_fx.coding import Coding
-from fewbit_fx.levels import Codebook
+from fewbit_fx.codebooks.levels import Codebook
+from fewbit_fx.codec.bitplanes import BitPlanes, bit_weights, plane_layout
+from fewbit_fx.codec.encode_decode import encode, scale
+from fewbit_fx.codec.scheme import Coding
+
+from .graph import value_of
+from .sites import DerivativeSite, MaskSite, Site
 
 
 @dataclass(frozen=True)

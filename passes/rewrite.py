@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from fewbit_fx.passes.graph import after, by_name, description, output_values, placeholders, splice, trace, value_of
-from fewbit_fx.passes.partition import Partition
-from fewbit_fx.passes.representation import Coded, Exact, PackedMask, Representation
-from fewbit_fx.passes.sites import DerivativeSite, MaskSite, Site, anchor
 from torch import Tensor, fx
+
+from .graph import after, by_name, description, output_values, placeholders, splice, trace, value_of
+from .partition import Partition
+from .representation import Coded, Exact, PackedMask, Representation
+from .sites import DerivativeSite, MaskSite, Site, anchor
 
 PREFIX = "fewbit_plane"
 SITE = "fewbit_site"  # key of a plane's metadata: the name of the anchor of the first site that saves it

@@ -19,8 +19,12 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 import torch
-from fewbit_fx.passes.derivative import Derivative, NotEvaluableError
-from fewbit_fx.passes.graph import (
+from torch import Tensor, fx
+
+from fewbit_fx.torch_private.sizes import statically_known_true
+
+from .derivative import Derivative, NotEvaluableError
+from .graph import (
     COPIES,
     MOVEMENTS,
     aten,
@@ -33,9 +37,6 @@ from fewbit_fx.passes.graph import (
     tangents,
     value_of,
 )
-from torch import Tensor, fx
-
-from fewbit_fx._torch import statically_known_true
 
 _UNARY_LINEAR = frozenset({aten.neg.default, prims.convert_element_type.default}) | COPIES
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})

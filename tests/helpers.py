@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewbit_fx.codebooks.density import Typical
+from fewbit_fx.codebooks.levels import Codebook, fit_codebook
+from fewbit_fx.codebooks.sampling import sample_derivative
+from fewbit_fx.config import FewBitConfig
 from fewbit_fx.passes.graph import output_values
 from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord, SiteRecord
 from fewbit_fx.passes.sites import Site, find_sites
-from torch import Tensor, nn
-
-from fewbit_fx._torch import partition_only
-from fewbit_fx.config import FewBitConfig
-from fewbit_fx.density import Typical
-from fewbit_fx.levels import Codebook, fit_codebook
-from fewbit_fx.sampling import sample_derivative
+from fewbit_fx.torch_private.inductor import partition_only
 
 STRICT = FewBitConfig(strict=True, min_numel=0)
 

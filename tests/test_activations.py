@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fewbit_fx.passes.gain import NEEDED
-from fewbit_fx.passes.plan import PRODUCT
 from helpers import STRICT, check_interface, codebook_of, derivative, oracle_factor, watch
 from torch import Tensor, nn
 
 import fewbit_fx
 from fewbit_fx import FewBitConfig
+from fewbit_fx.passes.gain import NEEDED
+from fewbit_fx.passes.plan import PRODUCT
 
 PLAIN = FewBitConfig(derivatives=False, masks=False, min_numel=0, strict=True)
 UNBOUNDED = "its derivative grows without bound"

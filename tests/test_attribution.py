@@ -7,15 +7,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from fewbit_fx.passes.record import SiteRecord
 from helpers import STRICT, TransformerBlock, check_sums, mlp, model_zoo, watch
 from torch import Tensor, nn
 
 import fewbit_fx
 from fewbit_fx import FewBitConfig
-from fewbit_fx._torch import storage_nbytes
-from fewbit_fx.functions import derivative_of, recognise
-from fewbit_fx.report import Report
+from fewbit_fx.codebooks.activations import derivative_of, recognise
+from fewbit_fx.passes.record import SiteRecord
+from fewbit_fx.reporting.report import Report
+from fewbit_fx.torch_private.sizes import storage_nbytes
 
 
 def before_and_after(rows: list[SiteRecord]) -> list[tuple[int, int]]:

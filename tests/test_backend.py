@@ -194,7 +194,7 @@ def test_modes_and_inductor_options_reach_inductor(how: str, monkeypatch: pytest
         seen.update(mode=mode, options=options, bits=partitioner._config.bits)
         return gm.forward
 
-    monkeypatch.setattr("fewbit_fx.dynamo_backend.compile_with_inductor", spy)
+    monkeypatch.setattr("fewbit_fx.dynamo.fewbit_backend.compile_with_inductor", spy)
     x, model = torch.randn(4, 4), nn.Linear(4, 4)
     if how == "mode":
         torch.compile(model, backend="fewbit", mode="max-autotune-no-cudagraphs")(x)

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fewbit_fx.coding import Coding, fit_coding
-from fewbit_fx.density import Typical, Uniform
-from fewbit_fx.functions import derivative_of, is_affine
-from fewbit_fx.levels import Codebook
-from fewbit_fx.sampling import NotCodableError, sample_derivative
-from fewbit_fx.thresholds import Thresholds
+from fewbit_fx.codebooks.activations import derivative_of, is_affine
+from fewbit_fx.codebooks.density import Typical, Uniform
+from fewbit_fx.codebooks.levels import Codebook
+from fewbit_fx.codebooks.sampling import NotCodableError, sample_derivative
+from fewbit_fx.codebooks.thresholds import Thresholds
+from fewbit_fx.codec.scheme import Coding, fit_coding
 
 Function = Callable[[Tensor], Tensor]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import fewbit_fx
 from fewbit_fx.__main__ import main
-from fewbit_fx.density import Normal, Observed, Typical, Uniform, parse_density
-from fewbit_fx.fitting import fit
-from fewbit_fx.functions import ACTIVATIONS, derivative_of
+from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
+from fewbit_fx.codebooks.density import Normal, Observed, Typical, Uniform, parse_density
+from fewbit_fx.codebooks.fitting import fit
 
 
 def error_on(function, levels: tuple[float, ...], x: Tensor) -> float:  # type: ignore[no-untyped-def]

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewbit_fx.bitplanes import BitPlanes, bit_weights, plane_layout
-from fewbit_fx.codec import bits_by_threshold, bits_by_value, by_code, encode, scale
-from fewbit_fx.coding import fit_coding
-from fewbit_fx.functions import ACTIVATIONS, derivative_of
-from fewbit_fx.levels import bits_for, gray_code
-from fewbit_fx.thresholds import Thresholds
+from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
+from fewbit_fx.codebooks.levels import bits_for, gray_code
+from fewbit_fx.codebooks.thresholds import Thresholds
+from fewbit_fx.codec.bitplanes import BitPlanes, bit_weights, plane_layout
+from fewbit_fx.codec.encode_decode import bits_by_threshold, bits_by_value, by_code, encode, scale
+from fewbit_fx.codec.scheme import fit_coding
 
 LANES = (1, 32)
 

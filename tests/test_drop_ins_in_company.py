@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fewbit_fx.functional
 import fewbit_fx.nn
-from fewbit_fx.coded import NAMED
+from fewbit_fx.eager.coded_derivative import NAMED
 
 silu = fewbit_fx.functional.silu
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fewbit_fx.passes.graph import aten, prims
-from fewbit_fx.passes.sites import DerivativeSite, MaskSite
 from helpers import STRICT, CodedActivation, close_to_oracle, watch
 from test_sites import Builder, tanh_backward
 from torch import Tensor, nn
+
+from fewbit_fx.passes.graph import aten, prims
+from fewbit_fx.passes.sites import DerivativeSite, MaskSite
 
 Activation = Callable[[Tensor], Tensor]
 FROZEN = torch.randn(64, 64) / 8

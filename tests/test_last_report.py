@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fewbit_fx.passes.record import GraphRecord
 from helpers import mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fewbit_fx
-from fewbit_fx import dynamo_backend
-from fewbit_fx._torch import compiled_callable, partition_only
-from fewbit_fx.history import History
-from fewbit_fx.report import ModelTotals
+from fewbit_fx.dynamo import fewbit_backend
+from fewbit_fx.dynamo.history import History
+from fewbit_fx.passes.record import GraphRecord
+from fewbit_fx.reporting.report import ModelTotals
+from fewbit_fx.torch_private.dynamo import compiled_callable
+from fewbit_fx.torch_private.inductor import partition_only
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +32,8 @@ def _without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def partition(gm: Any, inputs: Any, partitioner: Any, mode: Any, options: Any) -> Any:
         return partition_only(gm, inputs, partitioner)
 
-    monkeypatch.setattr(dynamo_backend, "compile_with_inductor", partition)
-    monkeypatch.setattr(dynamo_backend, "_all_backends", History())
+    monkeypatch.setattr(fewbit_backend, "compile_with_inductor", partition)
+    monkeypatch.setattr(fewbit_backend, "_all_backends", History())
 
 
 class Block(nn.Module):
@@ -175,7 +176,7 @@ def test_a_report_keeps_no_model_alive() -> None:
         train_and_forget(Block())
         gc.collect()
     assert others() == [("Block", 3)]
-    assert len(dynamo_backend._all_backends._models) == 1, "of models that are gone the totals are kept"
+    assert len(fewbit_backend._all_backends._models) == 1, "of models that are gone the totals are kept"
     assert "compiled before: Block, 3 of them, each: torch.compile " in str(fewbit_fx.last_report())
 
 

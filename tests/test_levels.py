@@ -12,10 +12,10 @@ from helpers import codebook_of, derivative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewbit_fx.density import Typical
-from fewbit_fx.functions import ACTIVATIONS, is_affine, recognise
-from fewbit_fx.levels import Codebook, fit_codebook, optimal_levels
-from fewbit_fx.sampling import NotCodableError, sample_derivative
+from fewbit_fx.codebooks.activations import ACTIVATIONS, is_affine, recognise
+from fewbit_fx.codebooks.density import Typical
+from fewbit_fx.codebooks.levels import Codebook, fit_codebook, optimal_levels
+from fewbit_fx.codebooks.sampling import NotCodableError, sample_derivative
 
 BOUNDED = [n for n in ACTIVATIONS if n not in ("squared relu", "exp", "square")]
 

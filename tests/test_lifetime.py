@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fewbit_fx.passes.gain import NOT_SMALLER, RETURNED
-from fewbit_fx.passes.partitioner import FewBitPartitioner
-from fewbit_fx.passes.record import GraphRecord
 from helpers import STRICT, held_bytes, watch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import fewbit_fx
-from fewbit_fx._torch import kept_by_their_makers, partition_only
+from fewbit_fx.passes.gain import NOT_SMALLER, RETURNED
+from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.passes.record import GraphRecord
+from fewbit_fx.torch_private.inductor import partition_only
+from fewbit_fx.torch_private.tensors import kept_by_their_makers
 
 PLAIN = fewbit_fx.FewBitConfig(derivatives=False, masks=False, strict=True)
 

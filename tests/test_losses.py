@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from fewbit_fx.passes.plan import LOSS, PERHAPS_LOSS
-from fewbit_fx.passes.sites import DerivativeSite, Origin
 from helpers import STRICT, watch
 from torch import Tensor
+
+from fewbit_fx.passes.plan import LOSS, PERHAPS_LOSS
+from fewbit_fx.passes.sites import DerivativeSite, Origin
 
 MASK = torch.rand(64, 64) > 0.3
 WEIGHT = torch.rand(64, 1)

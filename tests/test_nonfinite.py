@@ -19,12 +19,12 @@ import fewbit_fx
 import fewbit_fx.functional
 import fewbit_fx.nn
 from fewbit_fx import FewBitConfig
-from fewbit_fx.bitplanes import BitPlanes
-from fewbit_fx.codec import bits_by_value, encode, scale
-from fewbit_fx.coding import fit_coding
-from fewbit_fx.escape import MARK, Undefined, find_undefined, is_finite
-from fewbit_fx.functions import ACTIVATIONS, derivative_of
-from fewbit_fx.levels import bits_for
+from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
+from fewbit_fx.codebooks.levels import bits_for
+from fewbit_fx.codec.bitplanes import BitPlanes
+from fewbit_fx.codec.encode_decode import bits_by_value, encode, scale
+from fewbit_fx.codec.nonfinite import MARK, Undefined, find_undefined, is_finite
+from fewbit_fx.codec.scheme import fit_coding
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BAD = [float("nan"), float("inf"), float("-inf")]

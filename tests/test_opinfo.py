@@ -14,16 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SAMPLES_PASSED
-from fewbit_fx.passes.partitioner import FewBitPartitioner
-from fewbit_fx.passes.record import GraphRecord
 from helpers import oracle_factor
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fewbit_fx.functional
-from fewbit_fx._torch import partition_only
+from fewbit_fx.codebooks.levels import bits_for
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.levels import bits_for
+from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.passes.record import GraphRecord
+from fewbit_fx.torch_private.inductor import partition_only
 
 NAMES = [
     "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "softsign", "tanh", "tanhshrink", "sigmoid",

@@ -52,17 +52,22 @@ def test_import_of_half_a_checkout_says_what_to_do(clone: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+    """Built from a copy: what an earlier build left in build/ would come along."""
+    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
+    for name in ("fewbit_fx", "passes"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--wheel-dir", str(folder), str(ROOT)], check=True)
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(source)], check=True)
     (built,) = folder.glob("fewbit_fx-*.whl")
     return built
 
 
-def test_the_wheel_holds_both_packages_and_nothing_at_top_level(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_and_nothing_else_at_top_level(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    expected = {f"fewbit_fx/{f.name}" for f in (ROOT / "fewbit_fx").glob("*.py")} | {"fewbit_fx/py.typed"}
-    expected |= {f"fewbit_fx/passes/{f.name}" for f in (ROOT / "passes").glob("*.py")}
+    expected = {str(f.relative_to(ROOT)) for f in (ROOT / "fewbit_fx").rglob("*.py")} | {"fewbit_fx/py.typed"}
+    expected |= {f"fewbit_fx/{f.relative_to(ROOT)}" for f in (ROOT / "passes").rglob("*.py")}
     assert {n for n in names if ".dist-info/" not in n} == expected
     assert any(n.endswith("licenses/LICENSE") for n in names)
 

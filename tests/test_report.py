@@ -12,8 +12,8 @@ from helpers import TransformerBlock, mlp
 from torch import Tensor, nn
 
 import fewbit_fx
-from fewbit_fx._torch import partition_settings
-from fewbit_fx.report_cache import RecordFile
+from fewbit_fx.dynamo.record_cache import RecordFile
+from fewbit_fx.torch_private.inductor import partition_settings
 
 
 class Model(nn.Module):

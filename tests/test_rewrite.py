@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fewbit_fx.passes import rewrite as rewriting
-from fewbit_fx.passes.gain import NEEDED, NOT_SAVED
-from fewbit_fx.passes.graph import trace
-from fewbit_fx.passes.plan import PRODUCT
 from helpers import STRICT, TransformerBlock, check_interface, lora, mlp, model_zoo, saved_dtypes, targets, watch
 from torch import Tensor, nn
 
 from fewbit_fx import FewBitConfig
+from fewbit_fx.passes import rewrite as rewriting
+from fewbit_fx.passes.gain import NEEDED, NOT_SAVED
+from fewbit_fx.passes.graph import trace
+from fewbit_fx.passes.plan import PRODUCT
 
 PLAIN = FewBitConfig(derivatives=False, masks=False, min_numel=0, strict=True)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from fewbit_fx.passes.graph import aten, prims
-from fewbit_fx.passes.sites import DerivativeSite, MaskSite, find_sites
 from helpers import STRICT, derivative, mlp, watch
 from torch import Tensor, fx, nn
+
+from fewbit_fx.passes.graph import aten, prims
+from fewbit_fx.passes.sites import DerivativeSite, MaskSite, find_sites
 
 
 class Builder:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from fewbit_fx.passes.plan import EMPTY, SIZE_FROM_DATA, SIZE_NOT_IN_BACKWARD
 from helpers import STRICT, watch
 from torch import Tensor
 
 import fewbit_fx
+from fewbit_fx.passes.plan import EMPTY, SIZE_FROM_DATA, SIZE_NOT_IN_BACKWARD
 
 WEIGHT = torch.randn(64, 64) / 8
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

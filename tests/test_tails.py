@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewbit_fx.coding import fit_coding
-from fewbit_fx.density import Extent, Normal, Typical
-from fewbit_fx.fitting import codebook
-from fewbit_fx.functions import ACTIVATIONS, derivative_of
-from fewbit_fx.levels import Array, Codebook, fit_codebook
+from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
+from fewbit_fx.codebooks.density import Extent, Normal, Typical
+from fewbit_fx.codebooks.fitting import codebook
+from fewbit_fx.codebooks.levels import Array, Codebook, fit_codebook
+from fewbit_fx.codec.scheme import fit_coding
 
 SMOOTH = [
     "gelu",

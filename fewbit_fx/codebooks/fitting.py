@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fewbit_fx.codebooks.activations import Pointwise, activation, derivative_of
+from fewbit_fx.codebooks.density import Density, Observed, parse_density
+from fewbit_fx.codebooks.levels import Codebook, fit_codebook
+from fewbit_fx.codebooks.sampling import Function, sample_derivative
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.density import Density, Observed, parse_density
-from fewbit_fx.function_cache import kept_with_the_function
-from fewbit_fx.functions import Pointwise, activation, derivative_of
-from fewbit_fx.levels import Codebook, fit_codebook
-from fewbit_fx.sampling import Function, sample_derivative
+from fewbit_fx.function_cache import cached_per_function
 
 
 def codebook(function: str | Pointwise, bits: int, density: Density | Tensor | str = "uniform") -> Codebook:
@@ -18,7 +18,7 @@ def codebook(function: str | Pointwise, bits: int, density: Density | Tensor | s
     Args:
         function: The name of an activation, such as ``"gelu"``, or any pointwise function of a tensor.
         bits: Bits per code, 1 to 8.
-        density: How often each x is met: a density of :mod:`fewbit_fx.density`, its text form, or a
+        density: How often each x is met: a density of :mod:`fewbit_fx.codebooks.density`, its text form, or a
             tensor of pre-activations. The backend itself uses ``"typical"``.
 
     Returns:
@@ -42,7 +42,7 @@ def codebook(function: str | Pointwise, bits: int, density: Density | Tensor | s
     return _fitted(function, bits, density)
 
 
-@kept_with_the_function
+@cached_per_function
 def _fitted(function: Pointwise, bits: int, density: Density) -> Codebook:
     return fit(derivative_of(function), bits, density)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def in_a_frame_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_own_code_object(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own, so that nothing compiled for others counts or changes.
 
     Args:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbit_fx.codec import at_least_float32
-from fewbit_fx.coding import fit_coding
-from fewbit_fx.function_cache import kept_with_the_function, owner_of
-from fewbit_fx.functions import Pointwise, derivative_of, trace_derivative, undisturbed, writes_to_its_input
-from fewbit_fx.kernels import Encoder
-from fewbit_fx.sampling import NotCodableError
+from fewbit_fx.codebooks.activations import Pointwise, derivative_of, trace_derivative, undisturbed, writes_to_its_input
+from fewbit_fx.codebooks.sampling import NotCodableError
+from fewbit_fx.codec.encode_decode import at_least_float32
+from fewbit_fx.codec.scheme import fit_coding
+from fewbit_fx.eager.kernels import Encoder
+from fewbit_fx.function_cache import cached_per_function, owner_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class CodedDerivative:
         return function(x.clone()).clone() if self.in_place else function(x)
 
 
-@kept_with_the_function
+@cached_per_function
 def coded_function(function: Pointwise, bits: int) -> CodedDerivative:
     """The few-bit form of any pointwise function. Raises as :func:`fewbit_fx.codebook` does."""
     coding = fit_coding(derivative_of(function), bits)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewbit_fx.codec import at_least_float32, bits_by_threshold, bits_by_value, takes_signs
+from fewbit_fx.codebooks.density import Typical
+from fewbit_fx.codebooks.levels import Codebook, fit_codebook, is_mirrored
+from fewbit_fx.codebooks.sampling import Function, sample_derivative
+from fewbit_fx.codebooks.thresholds import Thresholds, find_thresholds
+from fewbit_fx.codec.encode_decode import at_least_float32, bits_by_threshold, bits_by_value, takes_signs
+from fewbit_fx.codec.nonfinite import Undefined, find_undefined, is_finite
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.density import Typical
-from fewbit_fx.escape import Undefined, find_undefined, is_finite
-from fewbit_fx.levels import Codebook, fit_codebook, is_mirrored
-from fewbit_fx.sampling import Function, sample_derivative
-from fewbit_fx.thresholds import Thresholds, find_thresholds
 
 
 @dataclass(frozen=True)

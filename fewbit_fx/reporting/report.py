@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fewbit_fx.passes.record import GraphRecord, OtherRecord, SiteRecord
-from fewbit_fx.report_table import graph_lines
+from fewbit_fx.reporting.graph_table import graph_lines
 
 _RELATIVE_ERROR = (
     "rel. error: root mean square of (nearest level - f'(x)) over that of f'(x); a prediction for typical x,\n"

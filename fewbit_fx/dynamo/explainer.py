@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fewbit_fx._torch import kept_by_their_makers, partition_only
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.frames import in_a_frame_of_its_own
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord
-from fewbit_fx.report import Report
+from fewbit_fx.reporting.report import Report
+from fewbit_fx.torch_private.frames import with_own_code_object
+from fewbit_fx.torch_private.inductor import partition_only
+from fewbit_fx.torch_private.tensors import kept_by_their_makers
 
 
 def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig | None = None, **kwargs: Any) -> Report:
@@ -46,7 +47,7 @@ def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig |
         def explained(*args: Any, **kwargs: Any) -> Any:
             return original(*args, **kwargs)
 
-        torch.compile(in_a_frame_of_its_own(explained), backend=partition)(*args, **kwargs)
+        torch.compile(with_own_code_object(explained), backend=partition)(*args, **kwargs)
     return Report(tuple(records))
 
 

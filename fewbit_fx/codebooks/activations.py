@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbit_fx._torch import neutral_hooks, real_mode, trace_for_all_shapes, version
-from fewbit_fx.levels import Array
-from fewbit_fx.sampling import Function
+from fewbit_fx.codebooks.levels import Array
+from fewbit_fx.codebooks.sampling import Function
+from fewbit_fx.torch_private.graphs import trace_for_all_shapes
+from fewbit_fx.torch_private.modes import neutral_hooks, real_mode
+from fewbit_fx.torch_private.tensors import version
 
 Pointwise = Callable[[Tensor], Tensor]
 
@@ -167,7 +169,9 @@ def _is_one_function(a: Array, b: Array) -> bool:
 def is_affine(derivative: Function) -> bool:
     """Whether the derivative is a * x + b: then the site is a product, or a square, not an activation."""
     values = derivative(_PROBE)
-    return bool(np.allclose(np.diff(values, 2), 0.0, atol=1e-9 * float(np.abs(values).max())))
+    return bool(
+        np.isfinite(values).all() and np.allclose(np.diff(values, 2), 0.0, atol=1e-9 * float(np.abs(values).max()))
+    )
 
 
 @functools.cache

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from fewbit_fx.levels import Array, Codebook
-from fewbit_fx.sampling import Sample
+from fewbit_fx.codebooks.levels import Array, Codebook
+from fewbit_fx.codebooks.sampling import Sample
 
 
 def plot_codebook(title: str, book: Codebook, sample: Sample, path: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbit_fx._torch import real_mode
-from fewbit_fx.levels import Array
+from fewbit_fx.codebooks.levels import Array
+from fewbit_fx.torch_private.modes import real_mode
 
 _POINTS = 16_385
 _DEVIATIONS = 3.0  # of Typical, from 0 to the end of the interval

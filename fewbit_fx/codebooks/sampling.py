@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fewbit_fx.density import Density, Extent
-from fewbit_fx.levels import Array
-from fewbit_fx.zoom import zoom
+from fewbit_fx.codebooks.density import Density, Extent
+from fewbit_fx.codebooks.levels import Array
+from fewbit_fx.codebooks.zoom import zoom
 
 Function = Callable[[Array], Array]
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fewbit_fx._torch import cache_folder, partition_settings
 from fewbit_fx.passes.record import GraphRecord, OtherRecord, SiteRecord
+from fewbit_fx.torch_private.inductor import cache_folder, partition_settings
 
 
 class RecordFile:

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbit_fx._torch import is_plain
-from fewbit_fx.bitplanes import plane_layout
-from fewbit_fx.codec import at_least_float32, encode, multiply, scale
-from fewbit_fx.coded import (
+from fewbit_fx.codebooks.activations import Pointwise
+from fewbit_fx.codec.bitplanes import plane_layout
+from fewbit_fx.codec.encode_decode import at_least_float32, encode, multiply, scale
+from fewbit_fx.codec.scheme import Coding
+from fewbit_fx.config import FewBitConfig
+from fewbit_fx.eager.coded_derivative import (
     NAMED,
     Activation,
     CodedDerivative,
@@ -21,10 +23,8 @@ from fewbit_fx.coded import (
     name_of_activation,
     name_of_function,
 )
-from fewbit_fx.coding import Coding
-from fewbit_fx.config import FewBitConfig
-from fewbit_fx.functions import Pointwise
-from fewbit_fx.kernels import Form, multiply_by_level
+from fewbit_fx.eager.kernels import Form, multiply_by_level
+from fewbit_fx.torch_private.tensors import is_plain
 
 
 def apply_activation(name: str, x: Tensor, bits: int, inplace: bool = False, **arguments: float | str) -> Tensor:

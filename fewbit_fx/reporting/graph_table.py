@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from fewbit_fx.passes.record import GraphRecord, OtherRecord, SiteRecord
-from fewbit_fx.table import text_table
+from fewbit_fx.reporting.text_table import text_table
 
 _COLUMNS = ("where", "count", "function", "shape", "dtype", "what happened", "bytes before", "after", "rel. error")
 _RIGHT_ALIGNED = {"count", "bytes before", "after", "rel. error"}

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fewbit_fx.function_cache import is_weakly_referable, owner_of
 from fewbit_fx.passes.record import GraphRecord
-from fewbit_fx.report import ModelTotals, Report
+from fewbit_fx.reporting.report import ModelTotals, Report
 
 
 class History:

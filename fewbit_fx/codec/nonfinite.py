@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbit_fx.sampling import Function
+from fewbit_fx.codebooks.sampling import Function
 
 MARK = 0x2F6B93D5  # no pattern that codes of neighbouring elements are likely to make
 

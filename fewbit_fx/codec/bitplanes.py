@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fewbit_fx._torch import hint, statically_known_true
+from fewbit_fx.torch_private.sizes import hint, statically_known_true
 
 WORD_BITS = 32
 

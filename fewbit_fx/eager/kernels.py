@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fewbit_fx._torch import mode_of, runs_compiled
-from fewbit_fx.bitplanes import (
+from fewbit_fx.codebooks.activations import Pointwise
+from fewbit_fx.codec.bitplanes import (
     WORD_BITS,
     BitPlanes,
     bit_weights,
@@ -31,10 +31,10 @@ from fewbit_fx.bitplanes import (
     lanes_for,
     memory_order,
 )
-from fewbit_fx.codec import at_least_float32, by_code, choose_level, marked_words, multiply, unpack
-from fewbit_fx.coding import Coding
-from fewbit_fx.frames import in_a_frame_of_its_own
-from fewbit_fx.functions import Pointwise
+from fewbit_fx.codec.encode_decode import at_least_float32, by_code, choose_level, marked_words, multiply, unpack
+from fewbit_fx.codec.scheme import Coding
+from fewbit_fx.torch_private.frames import with_own_code_object
+from fewbit_fx.torch_private.modes import mode_of, runs_compiled
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Kernel:
     def __init__(self, function: Callable[..., Tensor], uncompiled: Callable[..., Tensor] | None = None) -> None:
         self._function = uncompiled or function
         # Apart from all others, since Dynamo limits compilations per code object.
-        self._compiled = torch.compile(in_a_frame_of_its_own(function), dynamic=True, fullgraph=True)
+        self._compiled = torch.compile(with_own_code_object(function), dynamic=True, fullgraph=True)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """The function's value."""

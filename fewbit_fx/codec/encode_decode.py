@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fewbit_fx.bitplanes import BitPlanes, bit_weights
-from fewbit_fx.escape import is_marked, mark, reserved_prefix
-from fewbit_fx.levels import bits_for, boundaries_between, gray_code
-from fewbit_fx.thresholds import Thresholds
+from fewbit_fx.codebooks.levels import bits_for, boundaries_between, gray_code
+from fewbit_fx.codebooks.thresholds import Thresholds
+from fewbit_fx.codec.bitplanes import BitPlanes, bit_weights
+from fewbit_fx.codec.nonfinite import is_marked, mark, reserved_prefix
 
 # From numbers to the bits of their codes, the most significant first: booleans, or the signs of int32.
 BitsOf = Callable[[Tensor], list[Tensor]]

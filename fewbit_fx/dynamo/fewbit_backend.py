@@ -8,19 +8,15 @@ from typing import Any
 
 from torch import fx
 
-from fewbit_fx._torch import (
-    compile_id,
-    compile_with_inductor,
-    compiled_callable,
-    inductor_options,
-    kept_by_their_makers,
-)
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.history import History, graph_identity
+from fewbit_fx.dynamo.history import History, graph_identity
+from fewbit_fx.dynamo.record_cache import RecordFile
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord
-from fewbit_fx.report import Report
-from fewbit_fx.report_cache import RecordFile
+from fewbit_fx.reporting.report import Report
+from fewbit_fx.torch_private.dynamo import compile_id, compiled_callable
+from fewbit_fx.torch_private.inductor import compile_with_inductor, inductor_options
+from fewbit_fx.torch_private.tensors import kept_by_their_makers
 
 
 class FewBitBackend:

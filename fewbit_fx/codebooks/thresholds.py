@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fewbit_fx.levels import Array, Codebook, gray_code
-from fewbit_fx.sampling import Function, symmetric_grid
+from fewbit_fx.codebooks.levels import Array, Codebook, gray_code
+from fewbit_fx.codebooks.sampling import Function, symmetric_grid
 
 Mask = npt.NDArray[np.bool_]
 

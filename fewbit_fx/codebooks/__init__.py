@@ -1,0 +1,1 @@
+"""Codebooks: which few levels stand for the values of a derivative."""

@@ -1,0 +1,1 @@
+"""The codec: codes of levels, their bit planes, and back."""

@@ -1,0 +1,1 @@
+"""Reports: what was coded, what was not and why, for people."""

@@ -1,0 +1,37 @@
+"""What Dynamo knows of the compilation under way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from torch._dynamo import register_backend  # the registry behind torch.compile(backend="name")
+from torch._guards import CompileContext
+
+__all__ = ["compile_id", "compiled_callable", "register_backend"]
+
+
+def compile_id() -> str:
+    """Dynamo's id of the compilation under way, such as ``0/1`` (frame/recompile), or ``-``."""
+    current = CompileContext.current_compile_id()
+    return str(current) if current is not None else "-"
+
+
+def compiled_callable() -> Callable[..., Any] | None:
+    """What was handed to torch.compile, of the compilation under way, or None if that is not found.
+
+    Dynamo does not tell a backend. But the wrapper that torch.compile returns is on the stack, and holds it in
+    its free variable ``fn``: a function or, of a module, a bound method. Modules whose forward is torch's own are
+    wrapped once more, by ``wrap_inline``.
+    """
+    frame = sys._getframe()
+    while frame.f_code.co_name != "compile_wrapper" or frame.f_globals.get("__name__") != "torch._dynamo.eval_frame":
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    found: Callable[..., Any] | None = frame.f_locals.get("fn")
+    if isinstance(found, FunctionType) and found.__globals__.get("__name__") == "torch._dynamo.external_utils":
+        found = getattr(found, "__wrapped__", found)
+    return found

@@ -1,0 +1,131 @@
+"""Compilation by Inductor with a partitioner of our own, and the settings that decide what is saved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from functorch.compile import min_cut_rematerialization_partition  # the cut that all of this starts from
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn  # base class Inductor asserts
+
+__all__ = [
+    "CustomPartitionerFn",
+    "cache_folder",
+    "compile_with_inductor",
+    "donate_nothing",
+    "inductor_options",
+    "min_cut_rematerialization_partition",
+    "no_buffer_donated",
+    "partition_only",
+    "partition_settings",
+]
+
+
+def cache_folder() -> str:
+    """Where Inductor keeps its caches."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
+
+
+def partition_settings() -> str:
+    """The global settings, beside the graph itself, that decide what a partition saves."""
+    from torch._functorch import config
+
+    names = sorted(n for n in dir(config) if n.startswith(("activation_memory", "ban_recompute", "recompute_views")))
+    autocast = [
+        (device, torch.get_autocast_dtype(device))
+        for device in torch._C._autocast_supported_devices()
+        if torch.is_autocast_enabled(device)
+    ]
+    modes = torch.is_grad_enabled(), autocast
+    return f"{[(n, getattr(config, n)) for n in names]} {modes}"
+
+
+def inductor_options() -> frozenset[str]:
+    """Names of all Inductor options, as ``torch.compile(options=...)`` takes them."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy())
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    partitioner: CustomPartitionerFn,
+    mode: str | None,
+    options: dict[str, Any],
+) -> Callable[..., Any]:
+    """``torch.compile(backend="inductor", mode=mode, options=options)`` with our partitioner.
+
+    torch's own wrapper resolves the mode and checks option names and types.
+    """
+    wrapper: Any = torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call,unused-ignore]
+    wrapper.config["custom_partitioner_fn"] = partitioner
+    with _donation_by_choice():
+        compiled: Callable[..., Any] = wrapper(gm, list(example_inputs))
+    return compiled
+
+
+_NOTHING_DONATED = "fewbit_donates_nothing"
+
+
+def donate_nothing(forward: fx.GraphModule) -> None:
+    """Let the backward of this forward overwrite no saved tensor, so that it may run with retain_graph=True."""
+    forward.meta[_NOTHING_DONATED] = True
+
+
+@contextlib.contextmanager
+def _donation_by_choice() -> Iterator[None]:
+    """Let :func:`donate_nothing` be heard while a graph is compiled.
+
+    AOTAutograd donates saved tensors by a rule of its own, which no partitioner has a say in. To switch its setting
+    off for one graph does not do: the backward then has None for a list, which its check takes for a donation.
+    """
+    from torch._functorch._aot_autograd import graph_compile as module
+
+    graph_compile: Any = module
+    rule = graph_compile.collect_bw_donated_buffer_idxs
+
+    def collect(forward: fx.GraphModule, backward: fx.GraphModule, metadata: Any) -> list[int]:
+        return [] if forward.meta.get(_NOTHING_DONATED) else rule(forward, backward, metadata)
+
+    graph_compile.collect_bw_donated_buffer_idxs = collect
+    try:
+        yield
+    finally:
+        graph_compile.collect_bw_donated_buffer_idxs = rule
+
+
+def no_buffer_donated() -> AbstractContextManager[None]:
+    """Compile backwards that may run again and again, as a benchmark repeats them."""
+    patched: AbstractContextManager[None] = torch._functorch.config.patch(donated_buffer=False)
+    return patched
+
+
+def partition_only(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    partitioner: CustomPartitionerFn,
+) -> Callable[..., Any]:
+    """The same way of a graph up to and with the partition, then plain ATen instead of kernels."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def run_eagerly(graph: fx.GraphModule, _inputs: Sequence[Any], **_kwargs: Any) -> Any:
+        from functorch.compile import make_boxed_func
+
+        return make_boxed_func(graph.forward)
+
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # its entries need kernels
+        compiled: Any = compile_fx(
+            gm,
+            list(example_inputs),
+            inner_compile=run_eagerly,
+            config_patches={"custom_partitioner_fn": partitioner},
+        )
+    runnable: Callable[..., Any] = compiled
+    return runnable

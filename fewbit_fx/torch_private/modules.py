@@ -1,0 +1,23 @@
+"""Hooks of modules."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let a module have the hooks of another, those that come later included, and its mode."""
+    for name, value in vars(old).items():
+        if "hook" in name or name == "training":
+            setattr(new, name, value)
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """A shallow copy without hooks."""
+    bare = copy.copy(module)
+    for name, value in vars(nn.Module()).items():
+        if "hook" in name:
+            setattr(bare, name, value)
+    return bare
