@@ -27,6 +27,8 @@ class FewBitConfig:
         derivatives: Code the derivatives of pointwise nonlinearities.
         masks: Pack boolean masks (ReLU family, dropout) to one exact bit per element.
         strict: Raise on a fault inside fewbit-fx, instead of one warning and the exact graph.
+        skip: Modules whose sites are left exact: patterns of their paths as the report names them, such as
+            ``("blocks.0.*", "head")``, where ``*`` stands for anything. One pattern may be given by itself.
 
     Raises:
         TypeError: An option of the wrong type; the message names option, value and what is allowed.
@@ -39,6 +41,7 @@ class FewBitConfig:
     derivatives: bool = _option(True, "", "code derivatives of pointwise nonlinearities")
     masks: bool = _option(True, "", "pack boolean masks to one exact bit")
     strict: bool = _option(False, "", "raise on an internal fault")
+    skip: tuple[str, ...] = _option((), "patterns of module paths", "sites in these modules are left exact")
 
     def __post_init__(self) -> None:
         allowed = f"a whole number from {MIN_BITS} to {MAX_BITS}"
@@ -54,6 +57,10 @@ class FewBitConfig:
         for name in ("derivatives", "masks", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(_message(name, getattr(self, name), "True or False"))
+        patterns = (self.skip,) if isinstance(self.skip, str) else self.skip
+        if not isinstance(patterns, (tuple, list)) or not all(isinstance(p, str) for p in patterns):
+            raise TypeError(_message("skip", self.skip, "a pattern of module paths, or a sequence of them"))
+        object.__setattr__(self, "skip", tuple(patterns))  # as one form, which is hashable
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:

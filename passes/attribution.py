@@ -17,7 +17,7 @@ from fewbit_fx.torch_private.sizes import storage_nbytes
 from .graph import ancestors, by_name, closure, descendants, is_pointwise, tangents
 from .partition import Partition
 from .rewrite import SITE
-from .sites import MaskSite, Site, Unreadable, anchor
+from .sites import Site, Unreadable
 
 Claimant = Site | Unreadable
 
@@ -85,7 +85,7 @@ class _Ledger:
     def coded(self, site: Site) -> Share:
         """The site's codes, and what its exact factors were computed from and is no longer saved."""
         freed = self._leaves(site, ancestors) - self._saved_after
-        return self._take([*freed, *self._codes.get(anchor(site).name, ())])
+        return self._take([*freed, *self._codes.get(site.anchor.name, ())])
 
     def exact(self, claimant: Claimant) -> Share:
         """What is saved of the values from which the factors follow element by element."""
@@ -102,8 +102,7 @@ class _Ledger:
 
     def _leaves(self, claimant: Claimant, walk: Callable[[list[fx.Node]], set[fx.Node]]) -> set[object]:
         """Storages that ``plain`` saves and from which the backward computes the exact factors."""
-        factors = (claimant.mask,) if isinstance(claimant, MaskSite) else claimant.factors
-        roots = [self._nodes[n.name] for n in factors if n.name in self._nodes]
+        roots = [self._nodes[n.name] for n in claimant.exact_inputs if n.name in self._nodes]
         return {self._storage_of[n.name] for n in walk(roots) if n.name in self._storage_of}
 
     def _take(self, keys: Iterable[object]) -> Share:

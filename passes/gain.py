@@ -18,7 +18,7 @@ from fewbit_fx.torch_private.sizes import storage_key, storage_nbytes
 
 from .graph import ancestors, by_name, closure, output_values
 from .partition import Partition
-from .sites import DerivativeSite, MaskSite, Site
+from .sites import Site
 
 NOT_SAVED = "torch.compile saves nothing for it that does not live anyway"
 NEEDED = "the backward needs its exact value for something else too, so a code would save nothing"
@@ -60,12 +60,12 @@ class Gain:
     ) -> Iterator[tuple[Site, str]]:
         """Sites that buy nothing if just these are coded."""
         reached = self._reached(coded)
-        masks = {site.mask.name for site in coded if isinstance(site, MaskSite)}
-        kept = {self._storage_of[name] for name in reached - masks if name in self._storage_of}
+        decoded = {site.replaced.name for site in coded}
+        kept = {self._storage_of[name] for name in reached - decoded if name in self._storage_of}
         freed = {site: leaves[site] - kept - self._returned for site in coded}
         sharers = Counter(storage for storages in freed.values() for storage in storages)
         for site in coded:
-            if isinstance(site, MaskSite) and site.mask.name not in reached:
+            if site.replaced.name not in reached:
                 yield site, NOT_SAVED
             elif not freed[site]:
                 yield site, RETURNED if leaves[site] - kept else NEEDED
@@ -74,29 +74,19 @@ class Gain:
 
     def _is_read(self, site: Site) -> bool:
         """Whether the backward has all the nodes that a rewrite of the site touches."""
-        ends = (site.entry, site.exit) if isinstance(site, DerivativeSite) else ()
-        return all(n.name in self._nodes for n in (*ends, *_exact_inputs(site)))
+        nodes = (*site.coded_inputs, site.replaced, *site.exact_inputs)
+        return all(n.name in self._nodes for n in nodes)
 
     def _follows_from_a_result(self, site: Site) -> bool:
         """Whether something that lives on determines the factors, whatever the cut saves beside it."""
-        nodes = site.sources if isinstance(site, DerivativeSite) else (site.mask,)
-        return any(storage_key(n) in self._results for n in nodes)
+        return any(storage_key(n) in self._results for n in site.determined_by)
 
     def _reached(self, coded: Iterable[Site]) -> set[str]:
-        """Names of what the backward reads where these sites are coded, their masks included."""
-        instead: dict[fx.Node, list[fx.Node]] = {}
-        for site in coded:
-            if isinstance(site, DerivativeSite):
-                instead[self._nodes[site.exit.name]] = [self._nodes[site.entry.name]]
-            else:
-                instead[self._nodes[site.mask.name]] = []
+        """Names of what the backward reads where these sites are coded, what is decoded included."""
+        instead = {self._nodes[s.replaced.name]: [self._nodes[n.name] for n in s.coded_inputs] for s in coded}
         return {n.name for n in closure(self._outputs, lambda n: instead.get(n, n.all_input_nodes))}
 
     def _leaves(self, site: Site) -> set[int]:
         """Saved storages from which the backward computes the exact factors of a site."""
-        roots = [self._nodes[n.name] for n in _exact_inputs(site)]
+        roots = [self._nodes[n.name] for n in site.exact_inputs]
         return {self._storage_of[n.name] for n in ancestors(roots) if n.name in self._storage_of}
-
-
-def _exact_inputs(site: Site) -> tuple[fx.Node, ...]:
-    return site.factors if isinstance(site, DerivativeSite) else (site.mask,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 import time
 import warnings
@@ -23,7 +24,7 @@ from .gain import Gain
 from .partition import Partition
 from .plan import choose
 from .record import GraphRecord, graph_record, unexamined_record
-from .representation import Exact, Representation, code_bytes
+from .representations import Decision, Exact, Proposal
 from .rewrite import SiteError, rewrite
 from .sites import Site, find_sites
 
@@ -42,14 +43,20 @@ class FewBitPartitioner(CustomPartitionerFn):
         config: The options.
         record: Called with one :class:`GraphRecord` per partitioned graph.
         kept_inputs: Positions of the graph's inputs that live on whatever it saves, beside parameters and buffers.
+        proposals: Representations beside our own, asked first.
     """
 
     def __init__(
-        self, config: FewBitConfig, record: Callable[[GraphRecord], None], kept_inputs: tuple[int, ...] = ()
+        self,
+        config: FewBitConfig,
+        record: Callable[[GraphRecord], None],
+        kept_inputs: tuple[int, ...] = (),
+        proposals: Sequence[Proposal] = (),
     ) -> None:
         self._config = config
         self._record = record
         self._kept_inputs = kept_inputs
+        self._proposals = tuple(proposals)
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -69,12 +76,17 @@ class FewBitPartitioner(CustomPartitionerFn):
             chosen, record = plain, unexamined_record(plain, f"left exact after a fault: {fault!r}")
         if chosen.is_donated_in_part() and not plain.is_donated_in_part():
             donate_nothing(chosen.forward)  # or a backward with retain_graph=True would raise that works with inductor
-        self._record(replace(record, pass_seconds=time.perf_counter() - started))
+        record = replace(record, pass_seconds=time.perf_counter() - started)
+        _log(record)
+        self._record(record)
         return chosen.forward, chosen.backward
 
     def uuid(self) -> Any:
         """Key for Inductor's caches: every source file that runs, every option, the inputs kept, and numpy."""
-        return f"fewbit-fx {_source_hash()} {self._config!r} kept {self._kept_inputs} numpy {numpy.__version__}"
+        theirs = [(p.__module__, p.__qualname__, _file_hash(inspect.getfile(p))) for p in self._proposals]
+        return (
+            f"fewbit-fx {_source_hash()} {self._config!r} kept {self._kept_inputs} numpy {numpy.__version__} {theirs}"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FewBitPartitioner:
         """Inductor copies its configuration, and this within it; records must reach the one listener."""
@@ -84,16 +96,16 @@ class FewBitPartitioner(CustomPartitionerFn):
         """``joint`` is as the cut left it: without duplicates, with the names that the cut's graphs have."""
         sites, unreadable = find_sites(joint, plain.computed_in_backward())
         symbols = plain.symbols_in_backward()
-        plan = _without_idle_codes({site: choose(site, self._config, symbols) for site in sites}, plain)
+        plan = _without_idle_codes(
+            {site: choose(site, self._config, symbols, self._proposals) for site in sites}, plain
+        )
         chosen, plan = self._rewritten(plain, plan)
         if chosen is not plain and chosen.saved_bytes() >= plain.saved_bytes():
             chosen = plain
             plan = {s: r if isinstance(r, Exact) else Exact(NOT_SMALLER) for s, r in plan.items()}
         return chosen, graph_record(plain, chosen, plan, unreadable, self._config.min_numel)
 
-    def _rewritten(
-        self, plain: Partition, plan: dict[Site, Representation]
-    ) -> tuple[Partition, dict[Site, Representation]]:
+    def _rewritten(self, plain: Partition, plan: dict[Site, Decision]) -> tuple[Partition, dict[Site, Decision]]:
         """The partition with the plan's codes, and the plan without the sites at which that failed."""
         faults: list[BaseException] = []
         chosen = plain
@@ -112,10 +124,25 @@ class FewBitPartitioner(CustomPartitionerFn):
         return chosen, plan
 
 
-def _without_idle_codes(plan: dict[Site, Representation], partition: Partition) -> dict[Site, Representation]:
-    cost = {s: size for s, r in plan.items() if (size := code_bytes(s, r)) is not None}
+def _without_idle_codes(plan: dict[Site, Decision], partition: Partition) -> dict[Site, Decision]:
+    cost = {s: r.nbytes for s, r in plan.items() if not isinstance(r, Exact)}
     idle = Gain(partition).idle(cost)
     return {s: Exact(idle[s]) if s in idle else r for s, r in plan.items()}
+
+
+def _log(record: GraphRecord) -> None:
+    """A line per decision, for ``TORCH_LOGS="+fewbit_fx"``."""
+    for site in record.sites:
+        why = f", because {site.reason}" if site.reason else ""
+        where = site.module or site.source_line or "-"
+        logger.debug("graph %s: %s %s: %s%s", record.compile_id, where, site.function, site.action, why)
+    logger.debug(
+        "graph %s: %d bytes saved instead of %d; %.3f s",
+        record.compile_id,
+        record.fewbit_bytes,
+        record.plain_bytes,
+        record.pass_seconds,
+    )
 
 
 def _warn_of(what: str, fault: BaseException) -> None:
@@ -125,6 +152,10 @@ def _warn_of(what: str, fault: BaseException) -> None:
         f"saving. Please report it; the option strict=True raises it instead.",
         stacklevel=3,
     )
+
+
+def _file_hash(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @functools.cache

@@ -2,98 +2,66 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Set
+import fnmatch
+from collections.abc import Sequence, Set
 
-import numpy as np
-from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fewbit_fx.codebooks.activations import is_affine
-from fewbit_fx.codebooks.sampling import NotCodableError
 from fewbit_fx.codec.bitplanes import plane_layout
-from fewbit_fx.codec.scheme import Coding, fit_coding
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.sizes import has_size_from_data, hint, size_symbols
 
-from .derivative import Derivative, NotEvaluableError
 from .graph import value_of
-from .representation import Coded, Exact, PackedMask, Representation
-from .sites import DerivativeSite, MaskSite, Origin, Site, anchor
+from .provenance import module_path
+from .representations import PROPOSALS, Decision, Exact, Proposal
+from .sites import Site
 
 _RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
-PRODUCT = "it is a product with a tensor, whose own values the backward needs"
-LOSS = "it is the derivative of a loss, whose arguments go to where no level is near it"
-PERHAPS_LOSS = (
-    "its derivative vanishes as x goes to 0, and what its gradient comes from lies outside of the graph: perhaps a loss"
-)
 SIZE_FROM_DATA = "its size is known from data only, not when compiling"
 SIZE_NOT_IN_BACKWARD = "its size follows from a number that the backward is not given"
 EMPTY = "it has no elements"
-_NEAR_ZERO = np.array([-1e-8, 1e-8])
-_NEARLY_NOTHING = 1e-3  # share of the largest level, less than the codes of any bits can tell from 0
+RECOMPUTED = "activation checkpointing computes it again in the backward"
+NO_FORM = "no representation is for a site of its kind"
 
 
-def choose(site: Site, config: FewBitConfig, symbols: Set[object] = frozenset()) -> Representation:
+def choose(
+    site: Site, config: FewBitConfig, symbols: Set[object] = frozenset(), proposals: Sequence[Proposal] = ()
+) -> Decision:
     """The representation of one site by itself; whether it buys memory shows only after the cut.
 
     Args:
         site: The site.
         config: The options.
-        symbols: Those that the backward has as inputs. A mask is decoded from them; a gradient has its shape.
+        symbols: Those that the backward has as inputs. What follows from a code alone takes its size from them.
+        proposals: Asked before our own.
     """
-    if has_size_from_data(value_of(anchor(site))):
-        return Exact(SIZE_FROM_DATA)
-    if isinstance(site, MaskSite) and not size_symbols(value_of(site.mask)) <= symbols:
-        return Exact(SIZE_NOT_IN_BACKWARD)
-    elements = hint(value_of(anchor(site)).numel())
-    if elements < config.min_numel:
-        return Exact(f"it has {elements:,} elements, fewer than min_numel = {config.min_numel:,}")
+    reason = _skipped(site, config.skip) or _unsuitable(site, config.min_numel, symbols)
+    if reason:
+        return Exact(reason)
+    answers = (propose(site, config) for propose in (*proposals, *PROPOSALS))
+    return next((answer for answer in answers if answer is not None), Exact(NO_FORM))
+
+
+def _skipped(site: Site, patterns: Sequence[str]) -> str:
+    """Which pattern names the site's module; "" if none does."""
+    path = module_path(site.anchor)
+    return next((f"the option skip has {p!r}" for p in patterns if fnmatch.fnmatchcase(path, p)), "")
+
+
+def _unsuitable(site: Site, min_numel: int, symbols: Set[object]) -> str:
+    """Why no representation suits a site, whatever it is; "" if one may."""
+    value, stored = value_of(site.anchor), value_of(site.stored)
+    if has_size_from_data(value):
+        return SIZE_FROM_DATA
+    if not site.coded_inputs and not size_symbols(value) <= symbols:
+        return SIZE_NOT_IN_BACKWARD
+    elements = hint(value.numel())
+    if elements < min_numel:
+        return f"it has {elements:,} elements, fewer than min_numel = {min_numel:,}"
     if elements == 0:
-        return Exact(EMPTY)
-    stored = value_of(_forward_nodes(site)[0])
+        return EMPTY
     if plane_layout(stored).has_an_empty_part(stored):
-        return Exact(f"its size is symbolic, and its {elements:,} elements do not fill a block of bits")
-    if any(n.meta.get("recompute") in _RECOMPUTE for n in _forward_nodes(site)):
-        return Exact("activation checkpointing computes it again in the backward")
-    if isinstance(site, MaskSite):
-        return PackedMask() if config.masks else Exact("masks are switched off (masks=False)")
-    if site.is_gate:
-        return Exact(PRODUCT)
-    if not config.derivatives:
-        return Exact("derivatives are switched off (derivatives=False)")
-    coding = fitted_coding(site.derivative, config.bits)
-    if isinstance(coding, Exact):
-        return coding
-    error = coding.codebook.relative_error
-    if not error <= config.max_relative_error:
-        return Exact(
-            f"{config.bits} bits would leave a relative error of {error:.0%}, "
-            f"above max_relative_error = {config.max_relative_error:.0%}"
-        )
-    if error > 0 and site.origin is Origin.BROADCAST:
-        return Exact(LOSS)
-    if site.origin is Origin.OUTSIDE and _vanishes_at_zero(coding, site.derivative):
-        return Exact(PERHAPS_LOSS)
-    return Coded(coding)
-
-
-def _vanishes_at_zero(coding: Coding, derivative: Derivative) -> bool:
-    """Whether the relative error grows without bound as x goes to 0, where the residuals of a loss go."""
-    largest = max(map(abs, coding.codebook.levels))
-    return bool((np.abs(derivative.evaluated(_NEAR_ZERO)) < _NEARLY_NOTHING * largest).any())
-
-
-def _forward_nodes(site: Site) -> tuple[fx.Node, ...]:
-    return (site.source, *site.factors) if isinstance(site, DerivativeSite) else (site.mask,)
-
-
-@functools.lru_cache(maxsize=1024)  # layers share their derivative, and models their activations
-def fitted_coding(derivative: Derivative, bits: int) -> Coding | Exact:
-    """The coding of a derivative, or why there is none; fitted once per derivative and process."""
-    try:
-        return fit_coding(derivative.evaluated, bits)
-    except NotCodableError as reason:
-        return Exact(PRODUCT if is_affine(derivative.evaluated) else str(reason))
-    except NotEvaluableError as reason:
-        return Exact(str(reason))
+        return f"its size is symbolic, and its {elements:,} elements do not fill a block of bits"
+    if any(n.meta.get("recompute") in _RECOMPUTE for n in (site.stored, *site.exact_inputs)):
+        return RECOMPUTED
+    return ""

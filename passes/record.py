@@ -14,9 +14,9 @@ from fewbit_fx.torch_private.sizes import hint
 from .attribution import Leftover, Share, attribute
 from .graph import value_of
 from .partition import Partition
-from .provenance import function_name, module_path, source_line
-from .representation import Coded, Exact, Representation
-from .sites import DerivativeSite, Site, Unreadable, anchor
+from .provenance import module_path, source_line
+from .representations import Decision, Exact
+from .sites import Site, Unreadable
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class GraphRecord:
 def graph_record(
     plain: Partition,
     chosen: Partition,
-    plan: Mapping[Site, Representation],
+    plan: Mapping[Site, Decision],
     unreadable: Sequence[Unreadable],
     min_numel: int,
 ) -> GraphRecord:
@@ -143,18 +143,17 @@ def unexamined_record(plain: Partition, note: str) -> GraphRecord:
     return GraphRecord(compile_id(), size, size, (), note, (everything,))
 
 
-def _site_record(site: Site, representation: Representation, share: Share, min_numel: int) -> SiteRecord:
-    codebook = representation.codebook if isinstance(representation, Coded) else None
+def _site_record(site: Site, decision: Decision, share: Share, min_numel: int) -> SiteRecord:
     return SiteRecord(
-        **_whereabouts(anchor(site)),
-        **_tensor(site.source if isinstance(site, DerivativeSite) else site.mask, min_numel),
+        **_whereabouts(site.anchor),
+        **_tensor(site.stored, min_numel),
         bytes_before=share.before,
         bytes_after=share.after,
-        function=function_name(site),
-        action=representation.label,
-        reason=representation.reason if isinstance(representation, Exact) else "",
-        relative_error=codebook.relative_error if codebook else 0.0,
-        levels=codebook.levels if codebook else (),
+        function=site.function,
+        action=decision.action,
+        reason=decision.reason if isinstance(decision, Exact) else "",
+        relative_error=0.0 if isinstance(decision, Exact) else decision.relative_error,
+        levels=() if isinstance(decision, Exact) else decision.levels,
     )
 
 
@@ -165,7 +164,7 @@ def _unreadable_record(region: Unreadable, share: Share, min_numel: int) -> Site
         bytes_before=share.before,
         bytes_after=share.after,
         function="custom",
-        action=Exact.label,
+        action=Exact.action,
         reason=region.reason,
         relative_error=0.0,
     )

@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, fx
 
-from .graph import after, by_name, description, output_values, placeholders, splice, trace, value_of
+from .graph import after, by_name, description, output_values, placeholders, splice, trace
 from .partition import Partition
-from .representation import Coded, Exact, PackedMask, Representation
-from .sites import DerivativeSite, MaskSite, Site, anchor
+from .representations import Decision, Encode, Exact, Representation
+from .sites import Site
 
 PREFIX = "fewbit_plane"
 SITE = "fewbit_site"  # key of a plane's metadata: the name of the anchor of the first site that saves it
@@ -32,16 +32,18 @@ class SiteError(Exception):
         self.site = site
 
 
-def rewrite(partition: Partition, plan: Mapping[Site, Representation]) -> Partition:
-    """A rewritten copy of the partition. Sites with one x, derivative and codebook share their planes.
+def rewrite(partition: Partition, plan: Mapping[Site, Decision]) -> Partition:
+    """A rewritten copy of the partition, with the representations of the plan.
 
     Raises:
         SiteError: A site cannot be rewritten. The partition is as it was, and may be rewritten without the site.
     """
     rewriter = _Rewriter(partition.copy())
-    for site, representation in plan.items():
+    for site, decision in plan.items():
+        if isinstance(decision, Exact):
+            continue
         try:
-            rewriter.rewrite(site, representation)
+            rewriter.rewrite(decision)
         except Exception as fault:  # of ours, or of a user's operator in the trace
             raise SiteError(site) from fault
         rewriter.attribute(site)
@@ -62,61 +64,28 @@ class _Rewriter:
         self._shared: dict[object, list[fx.Node]] = {}
         self._traces: dict[object, fx.Graph] = {}
 
-    def rewrite(self, site: Site, representation: Representation) -> None:
-        """Rewrite one site."""
-        match site, representation:
-            case DerivativeSite(), Coded():
-                self.code(site, representation)
-            case MaskSite(), PackedMask():
-                self.pack(site, representation)
-            case _, Exact():
-                pass
-            case _:
-                raise AssertionError(f"{representation} does not represent a {type(site).__name__}")
+    def rewrite(self, representation: Representation) -> None:
+        """Save what stands for the site, and let the backward go on from what is decoded."""
+        site, decode = representation.site, representation.decode
+        saved = self._saved(representation)
+        replaced = self._backward[site.replaced.name]
+        before, like = site.place(replaced)
+        own, codes = len(site.coded_inputs), len(site.coded_inputs) + len(saved)
 
-    def code(self, site: DerivativeSite, coded: Coded) -> None:
-        """Save the code of f'(x), and let the exit gradient be computed from it."""
-        key = (site.source, site.derivative, coded)
-        if key not in self._shared:
-            x = self._in_forward(site.source)
+        def decoded(*values: Tensor) -> list[Tensor]:
+            return [decode(values[:own], values[own:codes])]
 
-            def encode(value: Tensor, *_: Tensor) -> list[Tensor]:
-                return coded.encode(site, value)
-
-            self._shared[key] = self._save(x, ("encode", site.derivative, coded), encode, coded.planes(site))
-        planes = self._shared[key]
-        exit_node = self._backward[site.exit.name]
-
-        def gradient(g: Tensor, *rest: Tensor) -> list[Tensor]:
-            return [coded.gradient(site, g, list(rest[: len(planes)]))]
-
-        inputs = [self._backward[site.entry.name], *planes, *self._backward_symbols]
-        trace_key = "gradient", coded, coded.layout(site), value_of(site.exit).dtype
-        (replacement,) = splice(self._traced(trace_key, gradient, inputs), inputs, exit_node, exit_node)
-        exit_node.replace_all_uses_with(replacement)
-        self._backward[site.exit.name] = replacement  # the next site may begin where this one ends
-
-    def pack(self, site: MaskSite, packed: PackedMask) -> None:
-        """Save the mask as a bit plane, and unpack it for whatever reads it in the backward."""
-        value = self._in_forward(site.mask)
-        planes = self._save(value, "pack", lambda value, *_: packed.encode(site, value), packed.planes(site))
-        mask = self._backward[site.mask.name]
-        readers = list(mask.users)
-
-        def unpack(*values: Tensor) -> list[Tensor]:
-            return [packed.decode(site, list(values[: len(planes)]))]
-
-        inputs = [*planes, *self._backward_symbols]
-        trace_key = "unpack", packed.layout(site), description(site.mask)
-        (unpacked,) = splice(self._traced(trace_key, unpack, inputs), inputs, min(readers), readers[0])
-        mask.replace_all_uses_with(unpacked)
+        inputs = [*(self._backward[n.name] for n in site.coded_inputs), *saved, *self._backward_symbols]
+        (value,) = splice(self._traced((decode, own, codes), decoded, inputs), inputs, before, like)
+        replaced.replace_all_uses_with(value)
+        self._backward[site.replaced.name] = value  # the next site may begin where this one ends
 
     def attribute(self, site: Site) -> None:
         """Note on the planes that are new whose they are."""
         for plane in reversed(self._planes):
             if SITE in plane.meta:
                 return
-            plane.meta[SITE] = anchor(site).name
+            plane.meta[SITE] = site.anchor.name
 
     def finish(self) -> Partition:
         """Drop what is no longer saved, from both graphs alike, and save the planes."""
@@ -124,8 +93,9 @@ class _Rewriter:
         backward.eliminate_dead_code()
         unread = {n.name for n in placeholders(backward) if not n.users}
         dropped = unread & {n.name for n in self._partition.saved()}
-        for name in dropped:
-            backward.erase_node(self._backward[name])
+        for node in placeholders(backward):
+            if node.name in dropped:
+                backward.erase_node(node)
         self._return_planes(dropped)
         for graph_module in (self._partition.forward, self._partition.backward):
             graph_module.graph.eliminate_dead_code()
@@ -140,13 +110,22 @@ class _Rewriter:
             self._traces[full_key] = trace(function, inputs)
         return self._traces[full_key]
 
-    def _save(self, value: fx.Node, key: object, encode: Callable[..., list[Tensor]], count: int) -> list[fx.Node]:
+    def _saved(self, representation: Representation) -> list[fx.Node]:
+        """The placeholders in the backward of what stands for a site; sites of one value and encode share them."""
+        encode = representation.encode
+        key = representation.site.stored, encode
+        if key not in self._shared:
+            self._shared[key] = self._save(self._in_forward(representation.site.stored), encode, representation.tensors)
+        return self._shared[key]
+
+    def _save(self, value: fx.Node, encode: Encode, count: int) -> list[fx.Node]:
         """Encode a value of the forward; returns the planes' placeholders in the backward."""
         first = len(self._planes)
         names = [f"{PREFIX}_{i}" for i in range(first, first + count)]
         before = after(max([value, *self._symbols]))
         inputs = [value, *self._symbols]
-        planes = splice(self._traced(key, encode, inputs), inputs, before, value, names)
+        traced = self._traced(encode, lambda tensor, *_: encode(tensor), inputs)
+        planes = splice(traced, inputs, before, value, names)
         self._planes += planes
         loaded = []
         graph = self._partition.backward.graph

@@ -3,28 +3,38 @@
     python tests/snapshot.py before.json            # on the code of before
     python tests/snapshot.py --against before.json  # on the code of now: exits with 1 where anything differs
 
-Of each model, compiled with ``backend="fewbit"``: the forward, the tensors saved (codes among them), the gradients
-of the parameters, and every row of the report, bit for bit. Models: those of ``helpers.model_zoo`` and of
-``test_report_hf``, at activation memory budgets 1.0 and 0.7. It uses public names alone, so that it runs on both.
+Of each model, compiled with ``backend="fewbit"`` up to and with the partition, and run by plain ATen: the forward, the
+tensors saved (codes among them), the gradients of the parameters, and every row of the report, bit for bit. Models:
+those of ``helpers.model_zoo`` and of ``test_report_hf``, at activation memory budgets 1.0 and 0.7. It uses public names
+alone, so that it runs on both; rows name source lines, so both must lie in the same folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from functorch.compile import make_boxed_func
 from helpers import model_zoo
 from test_report_hf import ARCHITECTURES, model_and_inputs
 from torch import Tensor, nn
+from torch._inductor import compile_fx
 
 import fewbit_fx
+
+
+def run_eagerly(graph: torch.fx.GraphModule, _inputs: Sequence[Any], **_kwargs: Any) -> Any:
+    """In place of Inductor's kernels, which follow from the graphs."""
+    return make_boxed_func(graph.forward)
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -73,8 +83,12 @@ def snapshot(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def snapshots() -> dict[str, dict[str, Any]]:
     """One of each model at each budget."""
     found = {}
+    no_kernels = mock.patch.object(
+        compile_fx, "compile_fx", functools.partial(compile_fx.compile_fx, inner_compile=run_eagerly)
+    )
     for budget in (1.0, 0.7):
-        with torch._functorch.config.patch(activation_memory_budget=budget):
+        settings = {"activation_memory_budget": budget, "enable_autograd_cache": False}
+        with torch._functorch.config.patch(settings), no_kernels:
             torch.manual_seed(0)
             for name, (model, x) in model_zoo().items():
                 found[f"{name}, budget {budget}"] = snapshot(model, (x,), {})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fewbit_fx
 from fewbit_fx import FewBitConfig
 from fewbit_fx.passes.gain import NEEDED
-from fewbit_fx.passes.plan import PRODUCT
+from fewbit_fx.passes.representations.derivative_codes import PRODUCT
 
 PLAIN = FewBitConfig(derivatives=False, masks=False, min_numel=0, strict=True)
 UNBOUNDED = "its derivative grows without bound"

@@ -59,11 +59,11 @@ def test_a_site_that_cannot_be_evaluated_says_why(monkeypatch: pytest.MonkeyPatc
         raise NotImplementedError("no kernel for float64")
 
     monkeypatch.setattr(Derivative, "ideal", fail)
-    fewbit_fx.passes.plan.fitted_coding.cache_clear()
+    fewbit_fx.passes.representations.derivative_codes.fitted_coding.cache_clear()
     try:
         seen = watch(mlp(nn.CELU(0.7)), torch.randn(128, 32))
     finally:
-        fewbit_fx.passes.plan.fitted_coding.cache_clear()
+        fewbit_fx.passes.representations.derivative_codes.fitted_coding.cache_clear()
     assert [s.reason for s in seen.record.sites if s.dtype != "bool"] == [
         "its derivative cannot be evaluated: no kernel for float64"
     ]
@@ -145,16 +145,16 @@ def test_an_operator_that_raises_leaves_its_own_site_exact(slope: Any) -> None:
 
 def fail_for_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rewrite of one site fails halfway, with a plane already in the graph."""
-    from fewbit_fx.passes.representation import Coded
+    from fewbit_fx.passes.representations.derivative_codes import MultiplyByLevel
 
-    original = Coded.gradient
+    original = MultiplyByLevel.__call__
 
-    def gradient(self: Coded, site: Any, g: Tensor, planes: Any) -> Tensor:
-        if max(self.codebook.levels) <= 1:  # tanh's, not GELU's
+    def multiply(self: MultiplyByLevel, inputs: Any, saved: Any) -> Tensor:
+        if max(self.coding.codebook.levels) <= 1:  # tanh's, not GELU's
             raise RuntimeError("made to fail")
-        return original(self, site, g, planes)
+        return original(self, inputs, saved)
 
-    monkeypatch.setattr(Coded, "gradient", gradient)
+    monkeypatch.setattr(MultiplyByLevel, "__call__", multiply)
 
 
 def two_functions(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import STRICT, watch
 from torch import Tensor
 
-from fewbit_fx.passes.plan import LOSS, PERHAPS_LOSS
+from fewbit_fx.passes.representations.derivative_codes import LOSS, PERHAPS_LOSS
 from fewbit_fx.passes.sites import DerivativeSite, Origin
 
 MASK = torch.rand(64, 64) > 0.3

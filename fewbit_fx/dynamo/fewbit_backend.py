@@ -13,6 +13,7 @@ from fewbit_fx.dynamo.history import History, graph_identity
 from fewbit_fx.dynamo.record_cache import RecordFile
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord
+from fewbit_fx.passes.representations import Proposal
 from fewbit_fx.reporting.report import Report
 from fewbit_fx.torch_private.dynamo import compile_id, compiled_callable
 from fewbit_fx.torch_private.inductor import compile_with_inductor, inductor_options
@@ -27,8 +28,11 @@ class FewBitBackend:
 
     __name__ = "fewbit"  # what torch's messages call the backend
 
-    def __init__(self, config: FewBitConfig, mode: str | None, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: FewBitConfig, mode: str | None, options: Mapping[str, Any], proposals: Sequence[Proposal] = ()
+    ) -> None:
         self.config = config
+        self._proposals = tuple(proposals)
         self._mode = mode
         self._options = dict(options)
         self._history = History()
@@ -56,7 +60,8 @@ class FewBitBackend:
         mode = options.pop("mode", mode)  # torch.compile takes either a mode or options
         config, inductor = split_options(options, self.config)
         records: list[GraphRecord] = []
-        partitioner = FewBitPartitioner(config, records.append, kept_by_their_makers(gm, example_inputs))
+        kept = kept_by_their_makers(gm, example_inputs)
+        partitioner = FewBitPartitioner(config, records.append, kept, self._proposals)
         file = RecordFile(gm, example_inputs, partitioner.uuid())
         options = {**self._options, **inductor}
         compiled = compile_with_inductor(gm, example_inputs, partitioner, mode or self._mode, options)
@@ -85,19 +90,26 @@ def last_report() -> Report:
     return _all_backends.report()
 
 
-def backend(*, mode: str | None = None, options: Mapping[str, Any] | None = None, **fewbit: Any) -> FewBitBackend:
+def backend(
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    proposals: Sequence[Proposal] = (),
+    **fewbit: Any,
+) -> FewBitBackend:
     """A backend object for ``torch.compile(model, backend=fewbit_fx.backend(bits=3))``.
 
     Args:
         mode: A mode of torch.compile, such as ``"max-autotune"``.
         options: Any Inductor options, and fewbit options too.
+        proposals: Representations of your own, asked before ours: see ``fewbit_fx.passes.representations``.
         **fewbit: Options of :class:`fewbit_fx.FewBitConfig`.
 
     Raises:
         TypeError, ValueError: An unknown option, or one with a value that is not allowed.
     """
     config, inductor = split_options({**(options or {}), **fewbit}, FewBitConfig())
-    return FewBitBackend(config, mode, inductor)
+    return FewBitBackend(config, mode, inductor, proposals)
 
 
 def split_options(options: Mapping[str, Any], config: FewBitConfig) -> tuple[FewBitConfig, dict[str, Any]]:

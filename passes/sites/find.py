@@ -16,15 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from enum import Enum, auto
 
 import torch
 from torch import Tensor, fx
 
 from fewbit_fx.torch_private.sizes import statically_known_true
 
-from .derivative import Derivative, NotEvaluableError
-from .graph import (
+from ..derivative import Derivative, NotEvaluableError
+from ..graph import (
     COPIES,
     MOVEMENTS,
     aten,
@@ -37,78 +36,15 @@ from .graph import (
     tangents,
     value_of,
 )
+from .derivative_site import DerivativeSite, Origin
+from .mask_site import MaskSite
+from .site import Site, Unreadable
 
 _UNARY_LINEAR = frozenset({aten.neg.default, prims.convert_element_type.default}) | COPIES
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 _CONVERSIONS = frozenset(
     map(str, (prims.convert_element_type.default, aten._to_copy.default))
 )  # copies compare by name
-
-
-class Origin(Enum):
-    """Where the gradient that enters a site comes from.
-
-    LAYER: from what follows in the model, such as a matrix product.
-    BROADCAST: from fewer numbers, through nothing but pointwise operations: the site is a loss's derivative.
-    OUTSIDE: from outside of the graph, through nothing but pointwise operations. What is there is not known.
-    """
-
-    LAYER = auto()
-    BROADCAST = auto()
-    OUTSIDE = auto()
-
-
-@dataclass(frozen=True)
-class DerivativeSite:
-    """A region of the backward that multiplies the gradient by a function of one forward tensor.
-
-    Attributes:
-        entry: Gradient that flows in.
-        exit: Gradient that flows out; the only node of the region that a rewrite replaces.
-        source: The forward tensor x.
-        sources: The forward tensors that each by itself determine the derivative, x the last of them.
-        factors: Forward tensors that the exact region reads, each a function of ``source``.
-        derivative: The factor as a function of x.
-        is_gate: The factor is a value of the forward, which multiplies another tensor there.
-        origin: Where the gradient at the entry comes from.
-    """
-
-    entry: fx.Node
-    exit: fx.Node
-    source: fx.Node
-    sources: tuple[fx.Node, ...]
-    factors: tuple[fx.Node, ...]
-    derivative: Derivative
-    is_gate: bool = False
-    origin: Origin = Origin.LAYER
-
-
-@dataclass(frozen=True)
-class MaskSite:
-    """A boolean tensor of the forward that the backward reads.
-
-    Attributes:
-        mask: The boolean node.
-        derivative: The factor that it alone decides, as a function of a float tensor, where it does.
-    """
-
-    mask: fx.Node
-    derivative: Derivative | None = None
-
-
-Site = DerivativeSite | MaskSite
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A region that multiplies the gradient by something that cannot be read off; the reason says why.
-
-    ``factors`` are the forward tensors that it reads.
-    """
-
-    exit: fx.Node
-    reason: str
-    factors: tuple[fx.Node, ...] = ()
 
 
 def find_sites(graph: fx.Graph, computed: Collection[str]) -> tuple[list[Site], list[Unreadable]]:
@@ -142,12 +78,7 @@ def find_sites(graph: fx.Graph, computed: Collection[str]) -> tuple[list[Site], 
             )
     inside = {n for region in regions if region.mask is None for n in region.program()}
     sites += [MaskSite(m, deciding.get(m)) for m in _find_masks(graph, backward, inside, computed)]
-    return sorted(sites, key=anchor), unreadable
-
-
-def anchor(site: Site) -> fx.Node:
-    """The node that stands for a site: its exit gradient or its mask."""
-    return site.exit if isinstance(site, DerivativeSite) else site.mask
+    return sorted(sites, key=lambda site: site.anchor), unreadable
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,156 @@
+"""Few-bit codes of derivatives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewbit_fx.codebooks.activations import is_affine
+from fewbit_fx.codebooks.sampling import NotCodableError
+from fewbit_fx.codec.bitplanes import BitPlanes, plane_layout
+from fewbit_fx.codec.encode_decode import encode, scale
+from fewbit_fx.codec.scheme import Coding, fit_coding
+from fewbit_fx.config import FewBitConfig
+
+from ..derivative import Derivative, NotEvaluableError
+from ..graph import value_of
+from ..sites import DerivativeSite, Origin, Site
+from .representation import Decision, Decode, Encode, Exact, Representation
+
+SWITCHED_OFF = "derivatives are switched off (derivatives=False)"
+PRODUCT = "it is a product with a tensor, whose own values the backward needs"
+LOSS = "it is the derivative of a loss, whose arguments go to where no level is near it"
+PERHAPS_LOSS = (
+    "its derivative vanishes as x goes to 0, and what its gradient comes from lies outside of the graph: perhaps a loss"
+)
+_NEAR_ZERO = np.array([-1e-8, 1e-8])
+_NEARLY_NOTHING = 1e-3  # share of the largest level, less than the codes of any bits can tell from 0
+
+
+@dataclass(frozen=True)
+class EncodeDerivative(Encode):
+    """x to the bit planes of the codes of f'(x)."""
+
+    derivative: Derivative
+    coding: Coding
+    layout: BitPlanes
+
+    def __call__(self, value: Tensor) -> list[Tensor]:
+        """The planes, int32."""
+        coding = self.coding
+        bits = functools.partial(coding.bits, derivative=self.derivative)
+        return encode(value, bits, self.layout, coding.guarded, coding.mirrored)
+
+
+@dataclass(frozen=True)
+class MultiplyByLevel(Decode):
+    """The entry gradient and the planes to the exit gradient, of a dtype."""
+
+    coding: Coding
+    layout: BitPlanes
+    dtype: torch.dtype
+
+    def __call__(self, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> Tensor:
+        """The exit gradient."""
+        (gradient,) = inputs
+        guarded, mirrored, levels = self.coding.guarded, self.coding.mirrored, self.coding.codebook.levels
+        return scale(gradient, saved, levels, self.layout, self.dtype, guarded=guarded, mirrored=mirrored)
+
+
+@dataclass(frozen=True)
+class DerivativeCodes(Representation):
+    """A few-bit code of f'(x) per element, that of the nearest of the codebook's levels."""
+
+    site: DerivativeSite
+    coding: Coding
+
+    @property
+    def action(self) -> str:
+        """``coded in b bits``."""
+        bits = self.coding.codebook.bits
+        return f"coded in {bits} bit{'s' if bits > 1 else ''}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the planes."""
+        return self.coding.codebook.bits * self._layout.nbytes(self._x)
+
+    @property
+    def tensors(self) -> int:
+        """How many planes there are."""
+        return self.coding.codebook.bits * self._layout.parts(self._x)
+
+    @property
+    def encode(self) -> EncodeDerivative:
+        """Encode f'(x)."""
+        return EncodeDerivative(self.site.derivative, self.coding, self._layout)
+
+    @property
+    def decode(self) -> MultiplyByLevel:
+        """Multiply the gradient by the level."""
+        return MultiplyByLevel(self.coding, self._layout, value_of(self.site.exit).dtype)
+
+    @property
+    def relative_error(self) -> float:
+        """Of the derivative, over the codebook's density."""
+        return self.coding.codebook.relative_error
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The codebook's."""
+        return self.coding.codebook.levels
+
+    @property
+    def _x(self) -> Tensor:
+        x: Tensor = value_of(self.site.source)
+        return x
+
+    @property
+    def _layout(self) -> BitPlanes:
+        return plane_layout(self._x)
+
+
+def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | None:
+    """Codes of the derivative, where it has a codebook that is good enough for what its data may be."""
+    if not isinstance(site, DerivativeSite):
+        return None
+    if site.is_gate:
+        return Exact(PRODUCT)
+    if not config.derivatives:
+        return Exact(SWITCHED_OFF)
+    coding = fitted_coding(site.derivative, config.bits)
+    if isinstance(coding, Exact):
+        return coding
+    error = coding.codebook.relative_error
+    if not error <= config.max_relative_error:
+        return Exact(
+            f"{config.bits} bits would leave a relative error of {error:.0%}, "
+            f"above max_relative_error = {config.max_relative_error:.0%}"
+        )
+    if error > 0 and site.origin is Origin.BROADCAST:
+        return Exact(LOSS)
+    if site.origin is Origin.OUTSIDE and _vanishes_at_zero(coding, site.derivative):
+        return Exact(PERHAPS_LOSS)
+    return DerivativeCodes(site, coding)
+
+
+@functools.lru_cache(maxsize=1024)  # layers share their derivative, and models their activations
+def fitted_coding(derivative: Derivative, bits: int) -> Coding | Exact:
+    """The coding of a derivative, or why there is none; fitted once per derivative and process."""
+    try:
+        return fit_coding(derivative.evaluated, bits)
+    except NotCodableError as reason:
+        return Exact(PRODUCT if is_affine(derivative.evaluated) else str(reason))
+    except NotEvaluableError as reason:
+        return Exact(str(reason))
+
+
+def _vanishes_at_zero(coding: Coding, derivative: Derivative) -> bool:
+    """Whether the relative error grows without bound as x goes to 0, where the residuals of a loss go."""
+    largest = max(map(abs, coding.codebook.levels))
+    return bool((np.abs(derivative.evaluated(_NEAR_ZERO)) < _NEARLY_NOTHING * largest).any())

@@ -1,0 +1,93 @@
+"""Boolean tensors in one exact bit per element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fewbit_fx.codec.bitplanes import BitPlanes, bit_weights, plane_layout
+from fewbit_fx.codec.encode_decode import encode
+from fewbit_fx.config import FewBitConfig
+
+from ..graph import description, value_of
+from ..sites import MaskSite, Site
+from .representation import Decision, Decode, Encode, Exact, Representation
+
+SWITCHED_OFF = "masks are switched off (masks=False)"
+
+
+@dataclass(frozen=True)
+class Pack(Encode):
+    """Booleans to bit planes, in as many parts as the layout has."""
+
+    layout: BitPlanes
+
+    def __call__(self, value: Tensor) -> list[Tensor]:
+        """The planes, int32."""
+        return encode(value, lambda blocks: [blocks], self.layout)
+
+
+@dataclass(frozen=True)
+class Unpack(Decode):
+    """Bit planes to booleans.
+
+    Attributes:
+        layout: Of the planes.
+        like: Describes the mask, ``graph.description``.
+        mask: The mask itself, for its sizes; not compared, for they are in the description.
+    """
+
+    layout: BitPlanes
+    like: tuple[object, ...]
+    mask: Tensor = field(compare=False)
+
+    def __call__(self, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> Tensor:
+        """The mask."""
+        weights = bit_weights(saved[0].device)
+        return self.layout.join([self.layout.unpack(plane, weights) for plane in saved], self.mask)
+
+
+@dataclass(frozen=True)
+class PackedMask(Representation):
+    """One exact bit per element of a boolean tensor."""
+
+    site: MaskSite
+    action = "exact one-bit mask"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the plane."""
+        return self._layout.nbytes(self._mask)
+
+    @property
+    def tensors(self) -> int:
+        """How many parts the plane is in."""
+        return self._layout.parts(self._mask)
+
+    @property
+    def encode(self) -> Pack:
+        """Pack the mask."""
+        return Pack(self._layout)
+
+    @property
+    def decode(self) -> Unpack:
+        """Unpack it."""
+        return Unpack(self._layout, description(self.site.mask), self._mask)
+
+    @property
+    def _mask(self) -> Tensor:
+        mask: Tensor = value_of(self.site.mask)
+        return mask
+
+    @property
+    def _layout(self) -> BitPlanes:
+        return plane_layout(self._mask)
+
+
+def propose_packed_mask(site: Site, config: FewBitConfig) -> Decision | None:
+    """One bit per element, for boolean tensors."""
+    if not isinstance(site, MaskSite):
+        return None
+    return PackedMask(site) if config.masks else Exact(SWITCHED_OFF)

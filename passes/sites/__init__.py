@@ -1,0 +1,11 @@
+"""Sites: what in a joint graph could be saved in another form than its own.
+
+``site`` says what all sites have in common; each kind is a file; ``find`` finds them.
+"""
+
+from .derivative_site import DerivativeSite, Origin
+from .find import find_sites, linear_inputs
+from .mask_site import MaskSite
+from .site import Site, Unreadable
+
+__all__ = ["DerivativeSite", "MaskSite", "Origin", "Site", "Unreadable", "find_sites", "linear_inputs"]
