@@ -57,7 +57,8 @@ class FewBitConfig:
         for name in ("derivatives", "masks", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(_message(name, getattr(self, name), "True or False"))
-        patterns = (self.skip,) if isinstance(self.skip, str) else self.skip
+        given: Any = self.skip
+        patterns = (given,) if isinstance(given, str) else given
         if not isinstance(patterns, (tuple, list)) or not all(isinstance(p, str) for p in patterns):
             raise TypeError(_message("skip", self.skip, "a pattern of module paths, or a sequence of them"))
         object.__setattr__(self, "skip", tuple(patterns))  # as one form, which is hashable

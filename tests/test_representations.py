@@ -140,7 +140,7 @@ def test_skip_names_the_modules_alone() -> None:
 
 @pytest.mark.parametrize("skip", [3, ("a", 3), {"a": 1}])
 def test_skip_is_checked(skip: object) -> None:
-    with pytest.raises(TypeError, match="'skip' is .* allowed is a pattern of module paths"):
+    with pytest.raises(TypeError, match=r"'skip' is .* allowed is a pattern of module paths"):
         FewBitConfig(skip=skip)  # type: ignore[arg-type]
 
 

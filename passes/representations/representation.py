@@ -107,4 +107,6 @@ class Proposal(Protocol):
     __module__: str
     __qualname__: str
 
-    def __call__(self, site: Site, config: FewBitConfig, /) -> Decision | None: ...
+    def __call__(self, site: Site, config: FewBitConfig, /) -> Decision | None:
+        """The answer for one site."""
+        ...
