@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from fewbit_fx._checkout import find_passes
-from fewbit_fx._version import require_torch
+from fewbit_fx._version import __version__, require_torch
 
 require_torch()
 find_passes()
@@ -27,6 +27,7 @@ from fewbit_fx.reporting.report import Report  # noqa: E402
 from fewbit_fx.torch_private.dynamo import register_backend  # noqa: E402
 
 __all__ = [
+    "__version__",
     "Codebook",
     "FewBitBackend",
     "FewBitConfig",

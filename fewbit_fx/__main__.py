@@ -1,4 +1,4 @@
-"""The command line: ``python -m fewbit_fx codebook gelu --bits 3``."""
+"""The command line: ``python -m fewbit_fx codebook gelu --bits 3`` and ``python -m fewbit_fx env``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from fewbit_fx.codebooks.density import Density, parse_density
 from fewbit_fx.codebooks.fitting import codebook
 from fewbit_fx.codebooks.levels import Codebook, gray_code
 from fewbit_fx.codebooks.sampling import Sample, sample_derivative
+from fewbit_fx.environment import describe_environment
 from fewbit_fx.reporting.text_table import text_table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m fewbit_fx", description="Few-bit saved tensors for torch.compile.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     show = commands.add_parser("codebook", help="print the optimal codebook of an activation's derivative")
     show.add_argument("function", help="name of an activation, such as gelu")
     show.add_argument("--bits", type=int, default=3, help="bits per code, 1 to 8 (default 3)")
@@ -31,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "backend assumes), or a .npy or .pt file of pre-activations",
     )
     show.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the derivative, its levels and the error")
+    commands.add_parser("env", help="print versions, devices and options, for a bug report")
     options = parser.parse_args(arguments)
+    if options.command == "env":
+        print("\n".join(f"{name:30} {value}" for name, value in describe_environment()))
+        return
     try:
         _show_codebook(options.function, options.bits, parse_density(options.density), options.plot)
     except (ValueError, TypeError, OSError) as mistake:  # OSError: the file to plot to

@@ -1,9 +1,10 @@
-"""The versions of torch that fewbit-fx runs on."""
+"""The version of fewbit-fx, and the versions of torch that it runs on."""
 
 from __future__ import annotations
 
 import torch
 
+__version__ = "0.1.0"
 MINIMUM_TORCH = (2, 11)
 
 

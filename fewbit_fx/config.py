@@ -35,13 +35,21 @@ class FewBitConfig:
         ValueError: An option outside its range; likewise.
     """
 
-    bits: int = _option(3, "bits per element", "size of the code of a derivative")
-    min_numel: int = _option(4096, "elements", "smaller tensors are left exact")
-    max_relative_error: float = _option(0.5, "ratio", "a derivative coded worse than this is left exact")
+    bits: int = _option(3, "bits per element", "size of the code of a derivative, 1 to 8")
+    min_numel: int = _option(4096, "elements", "tensors of fewer elements are left exact")
+    max_relative_error: float = _option(
+        0.5, "ratio", "a derivative whose best codebook has a larger relative error is left exact"
+    )
     derivatives: bool = _option(True, "", "code derivatives of pointwise nonlinearities")
-    masks: bool = _option(True, "", "pack boolean masks to one exact bit")
-    strict: bool = _option(False, "", "raise on an internal fault")
-    skip: tuple[str, ...] = _option((), "patterns of module paths", "sites in these modules are left exact")
+    masks: bool = _option(True, "", "pack boolean masks to one exact bit per element")
+    strict: bool = _option(
+        False, "", "raise on a fault inside fewbit-fx; otherwise one warning, and the graph stays exact"
+    )
+    skip: tuple[str, ...] = _option(
+        (),
+        "patterns of module paths",
+        'sites in modules of these paths are left exact, such as `("blocks.0.*", "head")`',
+    )
 
     def __post_init__(self) -> None:
         allowed = f"a whole number from {MIN_BITS} to {MAX_BITS}"
@@ -67,6 +75,18 @@ class FewBitConfig:
     def option_names(cls) -> tuple[str, ...]:
         """Names of all options, in the order in which they are declared."""
         return tuple(f.name for f in dataclasses.fields(cls))
+
+    @classmethod
+    def table(cls) -> list[str]:
+        """The options as a Markdown table, as the README shows it."""
+        rows = [
+            (f"`{f.name}`", f"`{f.default!r}`", f.metadata["unit"], f.metadata["doc"]) for f in dataclasses.fields(cls)
+        ]
+        return [
+            "| option | default | unit | meaning |",
+            "|---|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        ]
 
     def updated(self, options: Mapping[str, Any]) -> FewBitConfig:
         """A new configuration with ``options`` replaced. Raises as the constructor does."""

@@ -39,7 +39,7 @@ class Gain:
         self._storage_of = {n.name: i for i, nodes in enumerate(storages.values()) for n in nodes}
         self._returned = {i for i, key in enumerate(storages) if key in self._results}
 
-    def idle(self, cost: Mapping[Site, int]) -> dict[Site, str]:
+    def useless(self, cost: Mapping[Site, int]) -> dict[Site, str]:
         """The sites whose codes would buy nothing, each with the reason.
 
         Args:

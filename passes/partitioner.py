@@ -44,6 +44,8 @@ class FewBitPartitioner(CustomPartitionerFn):
         record: Called with one :class:`GraphRecord` per partitioned graph.
         kept_inputs: Positions of the graph's inputs that live on whatever it saves, beside parameters and buffers.
         proposals: Representations beside our own, asked first.
+        observe: Called with the sites, torch.compile's own partition and the one in use, of each graph. It must
+            change none of them.
     """
 
     def __init__(
@@ -52,11 +54,13 @@ class FewBitPartitioner(CustomPartitionerFn):
         record: Callable[[GraphRecord], None],
         kept_inputs: tuple[int, ...] = (),
         proposals: Sequence[Proposal] = (),
+        observe: Callable[[Sequence[Site], Partition, Partition], None] | None = None,
     ) -> None:
         self._config = config
         self._record = record
         self._kept_inputs = kept_inputs
         self._proposals = tuple(proposals)
+        self._observe = observe
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -96,13 +100,15 @@ class FewBitPartitioner(CustomPartitionerFn):
         """``joint`` is as the cut left it: without duplicates, with the names that the cut's graphs have."""
         sites, unreadable = find_sites(joint, plain.computed_in_backward())
         symbols = plain.symbols_in_backward()
-        plan = _without_idle_codes(
+        plan = _without_useless_codes(
             {site: choose(site, self._config, symbols, self._proposals) for site in sites}, plain
         )
         chosen, plan = self._rewritten(plain, plan)
         if chosen is not plain and chosen.saved_bytes() >= plain.saved_bytes():
             chosen = plain
             plan = {s: r if isinstance(r, Exact) else Exact(NOT_SMALLER) for s, r in plan.items()}
+        if self._observe:
+            self._observe(sites, plain, chosen)
         return chosen, graph_record(plain, chosen, plan, unreadable, self._config.min_numel)
 
     def _rewritten(self, plain: Partition, plan: dict[Site, Decision]) -> tuple[Partition, dict[Site, Decision]]:
@@ -118,16 +124,16 @@ class FewBitPartitioner(CustomPartitionerFn):
                 if self._config.strict:
                     raise fault from None
                 faults.append(fault)
-                plan = _without_idle_codes({**plan, error.site: Exact(f"of a fault there: {fault!r}")}, plain)
+                plan = _without_useless_codes({**plan, error.site: Exact(f"of a fault there: {fault!r}")}, plain)
         if faults:
             _warn_of(f"{len(faults)} sites of a graph" if len(faults) > 1 else "one site of a graph", faults[0])
         return chosen, plan
 
 
-def _without_idle_codes(plan: dict[Site, Decision], partition: Partition) -> dict[Site, Decision]:
+def _without_useless_codes(plan: dict[Site, Decision], partition: Partition) -> dict[Site, Decision]:
     cost = {s: r.nbytes for s, r in plan.items() if not isinstance(r, Exact)}
-    idle = Gain(partition).idle(cost)
-    return {s: Exact(idle[s]) if s in idle else r for s, r in plan.items()}
+    useless = Gain(partition).useless(cost)
+    return {s: Exact(useless[s]) if s in useless else r for s, r in plan.items()}
 
 
 def _log(record: GraphRecord) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from fewbit_fx.passes.graph import output_values
 from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord, SiteRecord
-from fewbit_fx.passes.sites import Site, find_sites
+from fewbit_fx.passes.sites import Site
 from fewbit_fx.torch_private.inductor import partition_only
 
 STRICT = FewBitConfig(strict=True, min_numel=0)
@@ -42,25 +42,23 @@ class Seen:
         return [s for s in self.record.sites if s.action != "left exact"]
 
 
-class _Watched(FewBitPartitioner):
-    def _compress(self, joint: Any, plain: Partition) -> Any:
-        self.sites, _ = find_sites(joint, plain.computed_in_backward())
-        self.plain = plain.copy()
-        self.chosen, record = super()._compress(joint, plain)
-        return self.chosen, record
-
-
 def watch(function: Callable[..., Any], *args: Any, config: FewBitConfig = STRICT, dynamic: bool | None = None) -> Seen:
     """Trace, partition with fewbit, run forward in plain ATen; no kernels are generated."""
     torch.compiler.reset()  # or Dynamo makes symbols of numbers that differ between modules
     records: list[GraphRecord] = []
-    partitioner = _Watched(config, records.append)
+    seen: list[tuple[list[Site], Partition, Partition]] = []
+
+    def observe(sites: Sequence[Site], plain: Partition, chosen: Partition) -> None:
+        seen.append((list(sites), plain.copy(), chosen))
+
+    partitioner = FewBitPartitioner(config, records.append, observe=observe)
     compiled = torch.compile(
         function, backend=lambda gm, inputs: partition_only(gm, inputs, partitioner), dynamic=dynamic
     )
     output = compiled(*args)
     (record,) = records
-    return Seen(partitioner.sites, partitioner.plain, partitioner.chosen, record, output)
+    (sites, plain, chosen) = seen[-1]
+    return Seen(sites, plain, chosen, record, output)
 
 
 def check_sums(record: GraphRecord) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("codebooks",),
     ("codec",),
     ("eager", "passes"),
-    ("reporting", "functional"),
+    ("reporting", "functional", "environment"),
     ("dynamo", "nn"),
     ("conversion",),
     ("__main__", "__init__"),
@@ -103,3 +104,10 @@ def test_the_check_sees_private_api() -> None:
 def test_no_module_is_named_like_a_public_function() -> None:
     public = {"backend", "codebook", "convert", "explain", "fewbit", "last_report", "verify"}
     assert not public & {part for path in modules("fewbit_fx", "passes") for part in (path.stem, path.parent.name)}
+
+
+@pytest.mark.parametrize("text", ["README.md", "CONTRIBUTING.md"])
+def test_files_that_texts_name_are_there(text: str) -> None:
+    named = re.findall(r"`((?:fewbit_fx|passes|tests|bench)/[\w./]*)`", (ROOT / text).read_text())
+    assert named
+    assert not [name for name in named if not (ROOT / name).exists()]

@@ -20,7 +20,7 @@ from fewbit_fx.codebooks.density import Typical, Uniform
 from fewbit_fx.codebooks.levels import Codebook
 from fewbit_fx.codebooks.sampling import NotCodableError, sample_derivative
 from fewbit_fx.codebooks.thresholds import Thresholds
-from fewbit_fx.codec.scheme import Coding, fit_coding
+from fewbit_fx.codec.scheme import CodingScheme, fit_scheme
 
 Function = Callable[[Tensor], Tensor]
 
@@ -96,9 +96,9 @@ BOUNDED: dict[str, Callable[[float, float], Function]] = {
 }
 
 
-def coded(function: Function, bits: int = 3) -> Coding:
+def coded(function: Function, bits: int = 3) -> CodingScheme:
     """The coding, whose numbers are all finite in float32."""
-    coding = fit_coding(derivative_of(function), bits)
+    coding = fit_scheme(derivative_of(function), bits)
     book = coding.codebook
     flips = [t for plane in coding.thresholds.flips for t in plane] if coding.thresholds else []
     assert max(map(abs, (*book.levels, *book.boundaries, *flips))) <= np.finfo(np.float32).max
@@ -136,7 +136,7 @@ def test_a_slow_wave_is_seen_whole(k: float) -> None:
 
 def test_what_varies_only_beyond_any_sample_is_refused() -> None:
     with pytest.raises(NotCodableError, match="its derivative changes beyond"):
-        fit_coding(lambda x: 1 / np.log(np.e + np.abs(x)), 3)
+        fit_scheme(lambda x: 1 / np.log(np.e + np.abs(x)), 3)
 
 
 @pytest.mark.parametrize("size", [1e39, 1e-39])

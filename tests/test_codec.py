@@ -16,9 +16,9 @@ from torch import Tensor
 from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
 from fewbit_fx.codebooks.levels import bits_for, gray_code
 from fewbit_fx.codebooks.thresholds import Thresholds
-from fewbit_fx.codec.bitplanes import BitPlanes, bit_weights, plane_layout
-from fewbit_fx.codec.encode_decode import bits_by_threshold, bits_by_value, by_code, encode, scale
-from fewbit_fx.codec.scheme import fit_coding
+from fewbit_fx.codec.bitplanes import PlaneLayout, bit_weights, plane_layout
+from fewbit_fx.codec.encode_decode import bits_by_threshold, bits_by_value, by_code, decode_and_multiply, encode
+from fewbit_fx.codec.scheme import fit_scheme
 
 LANES = (1, 32)
 
@@ -33,11 +33,11 @@ def nearest(values: Tensor, levels: tuple[float, ...]) -> Tensor:
     return candidates[(values.unsqueeze(-1) - candidates).abs().argmin(-1)]
 
 
-def there_and_back(values: Tensor, levels: tuple[float, ...], layout: BitPlanes) -> Tensor:
+def there_and_back(values: Tensor, levels: tuple[float, ...], layout: PlaneLayout) -> Tensor:
     planes = encode(values, lambda blocks: bits_by_value(blocks, levels), layout)
     assert len(planes) == bits_for(levels) * layout.parts(values)
     assert sum(p.nbytes for p in planes) == bits_for(levels) * layout.nbytes(values)
-    return scale(torch.ones_like(values), planes, levels, layout, values.dtype)
+    return decode_and_multiply(torch.ones_like(values), planes, levels, layout, values.dtype)
 
 
 @settings(max_examples=100, deadline=None)
@@ -48,7 +48,7 @@ def there_and_back(values: Tensor, levels: tuple[float, ...], layout: BitPlanes)
 )
 def test_pack_then_unpack_gives_the_same_bits(shape: list[int], lanes: int, seed: int) -> None:
     bits = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-    layout = BitPlanes(lanes)
+    layout = PlaneLayout(lanes)
     planes = encode(bits, lambda blocks: [blocks], layout)
     assert torch.equal(layout.join([layout.unpack(plane, bit_weights(bits.device)) for plane in planes], bits), bits)
     assert {p.dtype for p in planes} == {torch.int32}
@@ -58,7 +58,7 @@ def test_pack_then_unpack_gives_the_same_bits(shape: list[int], lanes: int, seed
 
 @pytest.mark.parametrize("lanes", LANES)
 def test_exactly_one_bit_per_element_where_blocks_fill_up(lanes: int) -> None:
-    (plane,) = encode(torch.ones(64, 1024, dtype=torch.bool), lambda blocks: [blocks], BitPlanes(lanes))
+    (plane,) = encode(torch.ones(64, 1024, dtype=torch.bool), lambda blocks: [blocks], PlaneLayout(lanes))
     assert plane.nbytes == 64 * 1024 // 8
 
 
@@ -67,18 +67,18 @@ def test_exactly_one_bit_per_element_where_blocks_fill_up(lanes: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_decode_gives_the_nearest_level(bits: int, lanes: int, dtype: torch.dtype) -> None:
     values, levels = torch.rand(37, 29, dtype=dtype) * 1.4 - 0.2, evenly(bits)
-    assert torch.equal(there_and_back(values, levels, BitPlanes(lanes)), nearest(values, levels))
+    assert torch.equal(there_and_back(values, levels, PlaneLayout(lanes)), nearest(values, levels))
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 6, 7])
 def test_codebooks_need_not_be_full(count: int) -> None:
     values, levels = torch.rand(100), evenly(3, count)
-    assert torch.equal(there_and_back(values, levels, BitPlanes(1)), nearest(values, levels))
+    assert torch.equal(there_and_back(values, levels, PlaneLayout(1)), nearest(values, levels))
 
 
 def test_values_beyond_the_levels_and_not_numbers_have_codes_too() -> None:
     values = torch.tensor([float("-inf"), -9.0, 9.0, float("inf"), float("nan")])
-    assert there_and_back(values, evenly(2), BitPlanes(1)).tolist() == [0.0, 0.0, 0.75, 0.75, 0.0]
+    assert there_and_back(values, evenly(2), PlaneLayout(1)).tolist() == [0.0, 0.0, 0.75, 0.75, 0.0]
 
 
 def test_neighbouring_levels_differ_in_one_bit() -> None:
@@ -140,7 +140,7 @@ def codes(x: Tensor, thresholds: Thresholds) -> Tensor:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_thresholds_on_x_give_the_nearest_level(name: str, bits: int, dtype: torch.dtype) -> None:
     function = FUNCTIONS[name]
-    coding = fit_coding(derivative_of(function), bits)
+    coding = fit_scheme(derivative_of(function), bits)
     assert coding.thresholds is not None
     x = torch.cat(
         [torch.linspace(-300, 300, 100_001), torch.randn(100_000), torch.tensor([0.0, -0.0, -3.0, 3.0, 0.25])]
@@ -155,7 +155,7 @@ def test_thresholds_on_x_give_the_nearest_level(name: str, bits: int, dtype: tor
 def test_flips_are_as_few_as_changes_of_level() -> None:
     """A level of a monotone derivative gives way to the next in one bit."""
     for bits in (1, 2, 3, 4):
-        coding = fit_coding(derivative_of(F.softplus), bits)
+        coding = fit_scheme(derivative_of(F.softplus), bits)
         assert coding.thresholds is not None
         flips = [len(flips) + 2 * len(magnitudes) for _, flips, magnitudes in coding.thresholds.planes()]
         assert flips == [2**i for i in range(bits)]
@@ -170,12 +170,12 @@ def test_flips_are_as_few_as_changes_of_level() -> None:
     ],
 )
 def test_where_codes_come_from_values(function, why: str) -> None:  # type: ignore[no-untyped-def]
-    assert fit_coding(derivative_of(function), 3).thresholds is None, why
+    assert fit_scheme(derivative_of(function), 3).thresholds is None, why
 
 
 def test_a_kink_at_zero_belongs_to_the_right_side() -> None:
     """Zeros are frequent (padding, dropout), and float64 has neighbours of 0 that float32 has not."""
-    coding = fit_coding(derivative_of(lambda x: F.elu(x, 1.7)), 3)
+    coding = fit_scheme(derivative_of(lambda x: F.elu(x, 1.7)), 3)
     assert coding.thresholds is not None
     assert 0.0 in coding.thresholds.flips[-1]
     x = torch.tensor([0.0, -0.0, float(np.nextafter(np.float32(0), np.float32(1)))])

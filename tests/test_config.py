@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 import fewbit_fx
 from fewbit_fx import FewBitConfig
+from fewbit_fx.__main__ import main
 from fewbit_fx._version import require_torch
 
 
@@ -92,3 +94,16 @@ def test_old_torch_is_refused(version: str) -> None:
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.16.0a0+git1234", "3.0"])
 def test_new_torch_is_accepted(version: str) -> None:
     require_torch(version)
+
+
+def test_the_readme_has_the_options_as_they_are() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert "\n".join(FewBitConfig.table()) in readme
+
+
+def test_env_prints_versions_and_no_path(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["env"])
+    printed = capsys.readouterr().out
+    for expected in (fewbit_fx.__version__, torch.__version__, "CPU", *FewBitConfig.option_names()):
+        assert expected in printed
+    assert str(Path.home()) not in printed

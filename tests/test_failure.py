@@ -59,11 +59,11 @@ def test_a_site_that_cannot_be_evaluated_says_why(monkeypatch: pytest.MonkeyPatc
         raise NotImplementedError("no kernel for float64")
 
     monkeypatch.setattr(Derivative, "ideal", fail)
-    fewbit_fx.passes.representations.derivative_codes.fitted_coding.cache_clear()
+    fewbit_fx.passes.representations.derivative_codes.fitted_scheme.cache_clear()
     try:
         seen = watch(mlp(nn.CELU(0.7)), torch.randn(128, 32))
     finally:
-        fewbit_fx.passes.representations.derivative_codes.fitted_coding.cache_clear()
+        fewbit_fx.passes.representations.derivative_codes.fitted_scheme.cache_clear()
     assert [s.reason for s in seen.record.sites if s.dtype != "bool"] == [
         "its derivative cannot be evaluated: no kernel for float64"
     ]

@@ -21,10 +21,10 @@ import fewbit_fx.nn
 from fewbit_fx import FewBitConfig
 from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
 from fewbit_fx.codebooks.levels import bits_for
-from fewbit_fx.codec.bitplanes import BitPlanes
-from fewbit_fx.codec.encode_decode import bits_by_value, encode, scale
+from fewbit_fx.codec.bitplanes import PlaneLayout
+from fewbit_fx.codec.encode_decode import bits_by_value, decode_and_multiply, encode
 from fewbit_fx.codec.nonfinite import MARK, Undefined, find_undefined, is_finite
-from fewbit_fx.codec.scheme import fit_coding
+from fewbit_fx.codec.scheme import fit_scheme
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BAD = [float("nan"), float("inf"), float("-inf")]
@@ -184,7 +184,7 @@ def test_an_overflow_is_seen() -> None:
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    scaler.scale(model(x * 10)[:, 0].nan_to_num().sum()).backward()
+    scaler.decode_and_multiply(model(x * 10)[:, 0].nan_to_num().sum()).backward()
     with pytest.raises(RuntimeError, match="non-finite"):
         torch.nn.utils.clip_grad_norm_(model[0].parameters(), 1.0, error_if_nonfinite=True)
     scaler.step(optimizer)
@@ -210,9 +210,9 @@ def test_the_escape(shape: list[int], bits: int, missing: int, lanes: int, rate:
     levels = tuple(i / 2**bits for i in range(max(2 ** (bits - 1) + 1, 2**bits - missing)))
     values = torch.rand(shape, generator=generator)
     bad = torch.rand(shape, generator=generator) < rate
-    layout = BitPlanes(lanes)
+    layout = PlaneLayout(lanes)
     found = _there_and_back(torch.where(bad, float("nan"), values), levels, layout)
-    clean = scale(
+    clean = decode_and_multiply(
         torch.ones(shape), encode(values, lambda v: bits_by_value(v, levels), layout), levels, layout, values.dtype
     )
     beside = _in_words_with(bad, layout)
@@ -221,14 +221,14 @@ def test_the_escape(shape: list[int], bits: int, missing: int, lanes: int, rate:
     assert set(found[~found.isnan()].tolist()) <= set(levels)
 
 
-def _there_and_back(values: Tensor, levels: tuple[float, ...], layout: BitPlanes) -> Tensor:
+def _there_and_back(values: Tensor, levels: tuple[float, ...], layout: PlaneLayout) -> Tensor:
     planes = encode(values, lambda v: [*bits_by_value(v, levels), is_finite(v)], layout, guarded=True)
     assert len(planes) == bits_for(levels) * layout.parts(values)
     assert sum(p.nbytes for p in planes) == bits_for(levels) * layout.nbytes(values)
-    return scale(torch.ones_like(values), planes, levels, layout, values.dtype, guarded=True)
+    return decode_and_multiply(torch.ones_like(values), planes, levels, layout, values.dtype, guarded=True)
 
 
-def _in_words_with(bad: Tensor, layout: BitPlanes) -> Tensor:
+def _in_words_with(bad: Tensor, layout: PlaneLayout) -> Tensor:
     """Which elements share a word with a bad one."""
     parts = [block.any(-2, keepdim=True).expand(block.shape) for block in layout.split(bad)]
     return layout.join(parts, bad)
@@ -244,7 +244,7 @@ def test_words_that_happen_to_be_the_mark(lanes: int, bits: int) -> None:
         low, high = sorted((2 * prefix, 2 * prefix + 1), key=lambda rank: (rank ^ rank >> 1) & 1)
         values = torch.where(spelled, levels[high], levels[low]).unsqueeze(-1).expand(32, lanes)
         for x in (values, torch.cat([values, torch.full((32, lanes), levels[0])])):
-            found = _there_and_back(x, levels, BitPlanes(lanes))
+            found = _there_and_back(x, levels, PlaneLayout(lanes))
             changed = (found != x).nonzero()
             assert changed.tolist() == [[0, lane] for lane in range(lanes)]
             assert set(found[0].tolist()) == {levels[high], levels[low]} - {x[0, 0].item()}
@@ -277,4 +277,4 @@ def test_where_it_is_undefined(which: int, dtype: torch.dtype) -> None:
 
 def test_exact_one_bit_codes_need_no_guard() -> None:
     for name in ("relu", "leaky relu", "hardtanh", "relu6", "hardshrink", "hardsigmoid"):
-        assert not fit_coding(derivative_of(ACTIVATIONS[name]), 3).guarded
+        assert not fit_scheme(derivative_of(ACTIVATIONS[name]), 3).guarded

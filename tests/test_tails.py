@@ -15,7 +15,7 @@ from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
 from fewbit_fx.codebooks.density import Extent, Normal, Typical
 from fewbit_fx.codebooks.fitting import codebook
 from fewbit_fx.codebooks.levels import Array, Codebook, fit_codebook
-from fewbit_fx.codec.scheme import fit_coding
+from fewbit_fx.codec.scheme import fit_scheme
 
 SMOOTH = [
     "gelu",
@@ -110,7 +110,7 @@ def test_the_levels_scale_with_the_function(name: str, c: float, k: float, bits:
 @pytest.mark.parametrize("name", ["gelu", "silu", "tanh", "softplus", "softsign"])
 def test_codes_from_x_are_the_nearest_level_far_out_too(name: str, bits: int) -> None:
     derivative = derivative_of(ACTIVATIONS[name])
-    coding = fit_coding(derivative, bits)
+    coding = fit_scheme(derivative, bits)
     assert coding.thresholds is not None
     x = torch.cat((torch.linspace(-40, 40, 4001), torch.logspace(1, 30, 500), -torch.logspace(1, 30, 500)))
     planes = coding.bits(x, lambda x: x, compiled=False)
@@ -127,7 +127,7 @@ def test_tails_lie_on_the_sides_where_the_derivative_settles() -> None:
         assert weights.sum() == pytest.approx(1)
         assert {float(far) for far in x[np.abs(x) > 40.001]} == set(ends)
         assert weights[np.abs(x) > 4.0].sum() == pytest.approx(0.017 * len(ends), abs=1e-3)
-    one_sided = fit_coding(lambda x: np.where(x < 0, np.exp(np.minimum(x, 0)), 1 + np.sin(x)), 8)
+    one_sided = fit_scheme(lambda x: np.where(x < 0, np.exp(np.minimum(x, 0)), 1 + np.sin(x)), 8)
     assert one_sided.codebook.levels[0] < 1.5e-3
 
 

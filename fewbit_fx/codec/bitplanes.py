@@ -24,7 +24,7 @@ WORD_BITS = 32
 
 
 @dataclass(frozen=True)
-class BitPlanes:
+class PlaneLayout:
     """The layout of the planes of a tensor.
 
     Attributes:
@@ -122,7 +122,7 @@ def bit_weights(device: torch.device) -> Tensor:
     return (one << torch.arange(WORD_BITS, dtype=torch.int32, device=device)).unsqueeze(-1)
 
 
-def plane_layout(x: Tensor) -> BitPlanes:
+def plane_layout(x: Tensor) -> PlaneLayout:
     """The layout for planes of a tensor of this device, shape and strides."""
     order = memory_order(x)
     sizes: list[int | torch.SymInt] = [x.shape[d] for d in order] if order else list(x.shape)
@@ -133,7 +133,7 @@ def plane_layout(x: Tensor) -> BitPlanes:
     inner = math.prod(sizes[kept:])
     suitable = lanes_for(x.device, x.dtype)
     filling = [n for n in suitable if inner % (WORD_BITS * n) == 0]
-    return BitPlanes(filling[0], order, kept) if filling else BitPlanes(suitable[0], order)
+    return PlaneLayout(filling[0], order, kept) if filling else PlaneLayout(suitable[0], order)
 
 
 def lanes_for(device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:

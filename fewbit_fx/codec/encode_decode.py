@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewbit_fx.codebooks.levels import bits_for, boundaries_between, gray_code
 from fewbit_fx.codebooks.thresholds import Thresholds
-from fewbit_fx.codec.bitplanes import BitPlanes, bit_weights
+from fewbit_fx.codec.bitplanes import PlaneLayout, bit_weights
 from fewbit_fx.codec.nonfinite import is_marked, mark, reserved_prefix
 
 # From numbers to the bits of their codes, the most significant first: booleans, or the signs of int32.
@@ -76,7 +76,7 @@ def _flipping(x: Tensor, start: bool, flips: Sequence[tuple[Tensor, float]], sig
 
 
 def encode(
-    x: Tensor, bits_of: BitsOf, layout: BitPlanes, guarded: bool = False, mirrored: bool = False
+    x: Tensor, bits_of: BitsOf, layout: PlaneLayout, guarded: bool = False, mirrored: bool = False
 ) -> list[Tensor]:
     """The planes of the codes of a tensor: for each part of the layout as many as a code has bits.
 
@@ -107,11 +107,11 @@ def marked_words(words: Sequence[Tensor], blocks: Tensor, mirrored: bool) -> lis
     return [*words[:free], *mark(words[free:], blocks)]
 
 
-def scale(
+def decode_and_multiply(
     gradient: Tensor,
     planes: Sequence[Tensor],
     levels: tuple[float, ...],
-    layout: BitPlanes,
+    layout: PlaneLayout,
     dtype: torch.dtype,
     product: Callable[[Tensor, Tensor], Tensor] = torch.mul,
     guarded: bool = False,
@@ -146,7 +146,7 @@ def scale(
     return layout.join([scaled(g, bits) for g, bits in zip(layout.split(wide), parts, strict=True)], gradient)
 
 
-def unpack(planes: Sequence[Tensor], layout: BitPlanes, guarded: bool) -> list[Tensor]:
+def unpack(planes: Sequence[Tensor], layout: PlaneLayout, guarded: bool) -> list[Tensor]:
     """The bits of the codes of one part, and behind them, where guarded, which words are marked.
 
     Args:

@@ -17,7 +17,7 @@ from fewbit_fx.config import FewBitConfig
 
 
 @dataclass(frozen=True)
-class Coding:
+class CodingScheme:
     """How a derivative is coded.
 
     Attributes:
@@ -55,7 +55,7 @@ class Coding:
         return [*bits, self.undefined.spares(at_least_float32(x), takes_signs(x, compiled))]
 
 
-def fit_coding(derivative: Function, bits: int) -> Coding:
+def fit_scheme(derivative: Function, bits: int) -> CodingScheme:
     """The coding of a derivative, by what pre-activations typically are.
 
     Raises:
@@ -66,4 +66,4 @@ def fit_coding(derivative: Function, bits: int) -> Coding:
     sample = sample_derivative(derivative, Typical())
     book = fit_codebook(sample.values, sample.weights, bits)
     thresholds = find_thresholds(derivative, book, sample.x)
-    return Coding(book, thresholds, find_undefined(derivative), is_mirrored(book.levels))
+    return CodingScheme(book, thresholds, find_undefined(derivative), is_mirrored(book.levels))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fewbit_fx.codebooks.activations import Pointwise
 from fewbit_fx.codec.bitplanes import plane_layout
-from fewbit_fx.codec.encode_decode import at_least_float32, encode, multiply, scale
-from fewbit_fx.codec.scheme import Coding
+from fewbit_fx.codec.encode_decode import at_least_float32, decode_and_multiply, encode, multiply
+from fewbit_fx.codec.scheme import CodingScheme
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.eager.coded_derivative import (
     NAMED,
@@ -23,7 +23,7 @@ from fewbit_fx.eager.coded_derivative import (
     name_of_activation,
     name_of_function,
 )
-from fewbit_fx.eager.kernels import Form, multiply_by_level
+from fewbit_fx.eager.kernels import MemoryForm, multiply_by_level
 from fewbit_fx.torch_private.tensors import is_plain
 
 
@@ -115,7 +115,7 @@ class _Eager(torch.autograd.Function):
         ctx.mark_non_differentiable(words)
         ctx.set_materialize_grads(False)  # or the backward would be given zeros for the words
         ctx.save_for_backward(words, link)
-        ctx.coding, ctx.form = coded.encoder.coding, Form.of(x)
+        ctx.coding, ctx.form = coded.encoder.coding, MemoryForm.of(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -130,7 +130,7 @@ class _Decode(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, words: Tensor, _link: Tensor, coding: Coding, form: Form) -> Tensor:
+    def forward(gradient: Tensor, words: Tensor, _link: Tensor, coding: CodingScheme, form: MemoryForm) -> Tensor:
         return multiply_by_level(gradient, words, coding, form)
 
     @staticmethod
@@ -163,7 +163,11 @@ class _InGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         levels, layout = ctx.levels, ctx.layout
-        return scale(gradient, ctx.saved_tensors, levels, layout, ctx.dtype, multiply, *ctx.kind), None, None
+        return (
+            decode_and_multiply(gradient, ctx.saved_tensors, levels, layout, ctx.dtype, multiply, *ctx.kind),
+            None,
+            None,
+        )
 
 
 def apply_frozen_prelu(x: Tensor, weight: Tensor) -> Tensor:
@@ -185,7 +189,7 @@ class _FrozenPReLU(torch.autograd.Function):
         ctx.mark_non_differentiable(words)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(words, weight)
-        ctx.coding, ctx.form = step.encoder.coding, Form.of(x)
+        ctx.coding, ctx.form = step.encoder.coding, MemoryForm.of(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, _words: None) -> tuple[Tensor | None, None, None]:

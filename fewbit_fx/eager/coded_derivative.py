@@ -14,7 +14,7 @@ from torch import Tensor
 from fewbit_fx.codebooks.activations import Pointwise, derivative_of, trace_derivative, undisturbed, writes_to_its_input
 from fewbit_fx.codebooks.sampling import NotCodableError
 from fewbit_fx.codec.encode_decode import at_least_float32
-from fewbit_fx.codec.scheme import fit_coding
+from fewbit_fx.codec.scheme import fit_scheme
 from fewbit_fx.eager.kernels import Encoder
 from fewbit_fx.function_cache import cached_per_function, owner_of
 
@@ -86,7 +86,7 @@ class CodedDerivative:
 @cached_per_function
 def coded_function(function: Pointwise, bits: int) -> CodedDerivative:
     """The few-bit form of any pointwise function. Raises as :func:`fewbit_fx.codebook` does."""
-    coding = fit_coding(derivative_of(function), bits)
+    coding = fit_scheme(derivative_of(function), bits)
     return CodedDerivative(Encoder(trace_derivative(function), coding), writes_to_its_input(function))
 
 
@@ -102,7 +102,7 @@ def _coded_activation(
     activation: Activation, bits: int, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> CodedDerivative | None:
     try:
-        coding = fit_coding(derivative_of(activation), bits)
+        coding = fit_scheme(derivative_of(activation), bits)
     except NotCodableError:
         return None
     compared = activation if dtype is None else _as_compared(activation, dtype, device)

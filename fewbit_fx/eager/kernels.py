@@ -2,7 +2,7 @@
 
 Words of a tensor of n elements, b planes of each the same number of words:
 
-    [ whole blocks, as BitPlanes packs them | the remaining elements, 32 to a word ]
+    [ whole blocks, as PlaneLayout packs them | the remaining elements, 32 to a word ]
 
 The remainder goes through the same kernel as two padded blocks, with its elements dealt out so that
 each word holds 32 neighbours and the words of the padding can be left away. So at most 31 bits
@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from fewbit_fx.codebooks.activations import Pointwise
 from fewbit_fx.codec.bitplanes import (
     WORD_BITS,
-    BitPlanes,
+    PlaneLayout,
     bit_weights,
     from_memory_order,
     in_memory_order,
@@ -32,13 +32,13 @@ from fewbit_fx.codec.bitplanes import (
     memory_order,
 )
 from fewbit_fx.codec.encode_decode import at_least_float32, by_code, choose_level, marked_words, multiply, unpack
-from fewbit_fx.codec.scheme import Coding
+from fewbit_fx.codec.scheme import CodingScheme
 from fewbit_fx.torch_private.frames import with_own_code_object
 from fewbit_fx.torch_private.modes import mode_of, runs_compiled
 
 
 @dataclass(frozen=True)
-class Form:
+class MemoryForm:
     """All of a tensor but its values.
 
     Attributes:
@@ -53,7 +53,7 @@ class Form:
     device: torch.device
 
     @classmethod
-    def of(cls, x: Tensor) -> Form:
+    def of(cls, x: Tensor) -> MemoryForm:
         """The form of a tensor."""
         return cls(x.shape, memory_order(x), x.dtype, x.device)
 
@@ -92,7 +92,7 @@ class Encoder:
     """
 
     derivative: Pointwise
-    coding: Coding
+    coding: CodingScheme
     _kernels: dict[tuple[torch.dtype, str], Kernel] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Encoder:
         Returns:
             int32 words, shape (b, ceil(x.numel() / 32)).
         """
-        kernel, form = self._kernel(x), Form.of(x)
+        kernel, form = self._kernel(x), MemoryForm.of(x)
         with _plain_arithmetic(x):
             flat = form.flatten(x)
             parts = [kernel(_bare(flat[: form.whole]))] if form.whole else []
@@ -122,7 +122,7 @@ class Encoder:
         return self._kernels[key]
 
 
-def multiply_by_level(gradient: Tensor, words: Tensor, coding: Coding, form: Form) -> Tensor:
+def multiply_by_level(gradient: Tensor, words: Tensor, coding: CodingScheme, form: MemoryForm) -> Tensor:
     """``gradient * level``, with the levels that ``words`` name.
 
     Args:
@@ -179,9 +179,9 @@ def _collect(dealt: Tensor, lanes: int) -> Tensor:
     return dealt.view(2, WORD_BITS, lanes).transpose(1, 2).reshape(-1)
 
 
-def _encoder(derivative: Pointwise, coding: Coding) -> Kernel:
+def _encoder(derivative: Pointwise, coding: CodingScheme) -> Kernel:
     def words(x: Tensor, compiled: bool) -> Tensor:
-        layout = BitPlanes(lanes_for(x.device, x.dtype)[0])
+        layout = PlaneLayout(lanes_for(x.device, x.dtype)[0])
         bits = coding.bits(layout.blocks(x), lambda blocks: derivative(at_least_float32(blocks)), compiled)
         weights = bit_weights(x.device)
         planes = [layout.pack(bit, weights) for bit in bits]
@@ -199,7 +199,7 @@ def _decoder(
     bits: int, guarded: bool, mirrored: bool, _gradient: torch.dtype, dtype: torch.dtype, _device: str
 ) -> Kernel:
     def decoder(gradient: Tensor, words: Tensor, levels: Tensor) -> Tensor:
-        layout = BitPlanes(lanes_for(gradient.device, dtype)[0])
+        layout = PlaneLayout(lanes_for(gradient.device, dtype)[0])
         wide = at_least_float32(layout.blocks(gradient))
         codes = unpack(words.view(bits, -1, 1, layout.lanes).unbind(), layout, guarded)
         level = choose_level(levels.to(wide.dtype).unbind(), codes, guarded, mirrored)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fewbit_fx.codebooks.activations import is_affine
 from fewbit_fx.codebooks.sampling import NotCodableError
-from fewbit_fx.codec.bitplanes import BitPlanes, plane_layout
-from fewbit_fx.codec.encode_decode import encode, scale
-from fewbit_fx.codec.scheme import Coding, fit_coding
+from fewbit_fx.codec.bitplanes import PlaneLayout, plane_layout
+from fewbit_fx.codec.encode_decode import decode_and_multiply, encode
+from fewbit_fx.codec.scheme import CodingScheme, fit_scheme
 from fewbit_fx.config import FewBitConfig
 
 from ..derivative import Derivative, NotEvaluableError
@@ -37,8 +37,8 @@ class EncodeDerivative(Encode):
     """x to the bit planes of the codes of f'(x)."""
 
     derivative: Derivative
-    coding: Coding
-    layout: BitPlanes
+    coding: CodingScheme
+    layout: PlaneLayout
 
     def __call__(self, value: Tensor) -> list[Tensor]:
         """The planes, int32."""
@@ -51,15 +51,15 @@ class EncodeDerivative(Encode):
 class MultiplyByLevel(Decode):
     """The entry gradient and the planes to the exit gradient, of a dtype."""
 
-    coding: Coding
-    layout: BitPlanes
+    coding: CodingScheme
+    layout: PlaneLayout
     dtype: torch.dtype
 
     def __call__(self, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> Tensor:
         """The exit gradient."""
         (gradient,) = inputs
         guarded, mirrored, levels = self.coding.guarded, self.coding.mirrored, self.coding.codebook.levels
-        return scale(gradient, saved, levels, self.layout, self.dtype, guarded=guarded, mirrored=mirrored)
+        return decode_and_multiply(gradient, saved, levels, self.layout, self.dtype, guarded=guarded, mirrored=mirrored)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class DerivativeCodes(Representation):
     """A few-bit code of f'(x) per element, that of the nearest of the codebook's levels."""
 
     site: DerivativeSite
-    coding: Coding
+    coding: CodingScheme
 
     @property
     def action(self) -> str:
@@ -111,7 +111,7 @@ class DerivativeCodes(Representation):
         return x
 
     @property
-    def _layout(self) -> BitPlanes:
+    def _layout(self) -> PlaneLayout:
         return plane_layout(self._x)
 
 
@@ -123,7 +123,7 @@ def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | Non
         return Exact(PRODUCT)
     if not config.derivatives:
         return Exact(SWITCHED_OFF)
-    coding = fitted_coding(site.derivative, config.bits)
+    coding = fitted_scheme(site.derivative, config.bits)
     if isinstance(coding, Exact):
         return coding
     error = coding.codebook.relative_error
@@ -140,17 +140,17 @@ def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | Non
 
 
 @functools.lru_cache(maxsize=1024)  # layers share their derivative, and models their activations
-def fitted_coding(derivative: Derivative, bits: int) -> Coding | Exact:
+def fitted_scheme(derivative: Derivative, bits: int) -> CodingScheme | Exact:
     """The coding of a derivative, or why there is none; fitted once per derivative and process."""
     try:
-        return fit_coding(derivative.evaluated, bits)
+        return fit_scheme(derivative.evaluated, bits)
     except NotCodableError as reason:
         return Exact(PRODUCT if is_affine(derivative.evaluated) else str(reason))
     except NotEvaluableError as reason:
         return Exact(str(reason))
 
 
-def _vanishes_at_zero(coding: Coding, derivative: Derivative) -> bool:
+def _vanishes_at_zero(coding: CodingScheme, derivative: Derivative) -> bool:
     """Whether the relative error grows without bound as x goes to 0, where the residuals of a loss go."""
     largest = max(map(abs, coding.codebook.levels))
     return bool((np.abs(derivative.evaluated(_NEAR_ZERO)) < _NEARLY_NOTHING * largest).any())

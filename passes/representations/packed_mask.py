@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fewbit_fx.codec.bitplanes import BitPlanes, bit_weights, plane_layout
+from fewbit_fx.codec.bitplanes import PlaneLayout, bit_weights, plane_layout
 from fewbit_fx.codec.encode_decode import encode
 from fewbit_fx.config import FewBitConfig
 
@@ -22,7 +22,7 @@ SWITCHED_OFF = "masks are switched off (masks=False)"
 class Pack(Encode):
     """Booleans to bit planes, in as many parts as the layout has."""
 
-    layout: BitPlanes
+    layout: PlaneLayout
 
     def __call__(self, value: Tensor) -> list[Tensor]:
         """The planes, int32."""
@@ -39,7 +39,7 @@ class Unpack(Decode):
         mask: The mask itself, for its sizes; not compared, for they are in the description.
     """
 
-    layout: BitPlanes
+    layout: PlaneLayout
     like: tuple[object, ...]
     mask: Tensor = field(compare=False)
 
@@ -82,7 +82,7 @@ class PackedMask(Representation):
         return mask
 
     @property
-    def _layout(self) -> BitPlanes:
+    def _layout(self) -> PlaneLayout:
         return plane_layout(self._mask)
 
 
