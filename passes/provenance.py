@@ -10,7 +10,7 @@ from torch import fx
 import fewbit_fx
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_ROOT = re.compile(r"^L\[['\"]\w+['\"]\]\.?")
+_ROOT = re.compile(r"^L\[['\"]\w+['\"]\]")
 _INDEX = re.compile(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]")
 _OWN_FOLDER = Path(fewbit_fx.__file__).parent
 
