@@ -15,6 +15,7 @@ require_torch()
 find_passes()
 
 from fewbit_fx import functional, nn  # noqa: E402  (only once torch is known to be new enough)
+from fewbit_fx.codebooks import activations as functions  # noqa: E402
 from fewbit_fx.codebooks import density  # noqa: E402  (only once torch is known to be new enough)
 from fewbit_fx.codebooks.fitting import codebook  # noqa: E402
 from fewbit_fx.codebooks.levels import Codebook  # noqa: E402
@@ -40,6 +41,7 @@ __all__ = [
     "explain",
     "fewbit",
     "functional",
+    "functions",
     "last_report",
     "nn",
 ]

@@ -219,3 +219,8 @@ def test_the_module_runs() -> None:
     command = [sys.executable, "-m", "fewbit_fx", "codebook", "tanh", "--bits", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "tanh, 1 bit, density of x: uniform where it varies" in done.stdout
+
+
+def test_the_named_activations_are_public() -> None:
+    assert fewbit_fx.functions.ACTIVATIONS is ACTIVATIONS
+    assert fewbit_fx.codebook(fewbit_fx.functions.ACTIVATIONS["gelu"], 3) == fewbit_fx.codebook("gelu", 3)
