@@ -17,8 +17,8 @@ find_passes()
 from fewbit_fx import functional, nn  # noqa: E402  (only once torch is known to be new enough)
 from fewbit_fx.codebooks import activations as functions  # noqa: E402
 from fewbit_fx.codebooks import density  # noqa: E402  (only once torch is known to be new enough)
-from fewbit_fx.codebooks.fitting import codebook  # noqa: E402
-from fewbit_fx.codebooks.levels import Codebook  # noqa: E402
+from fewbit_fx.codebooks.fitting import Codebook  # noqa: E402
+from fewbit_fx.codebooks.of_functions import codebook  # noqa: E402
 from fewbit_fx.codebooks.sampling import NotCodableError  # noqa: E402
 from fewbit_fx.config import FewBitConfig  # noqa: E402
 from fewbit_fx.conversion import convert  # noqa: E402

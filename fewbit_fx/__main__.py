@@ -11,8 +11,8 @@ import numpy as np
 
 from fewbit_fx.codebooks.activations import activation, derivative_of
 from fewbit_fx.codebooks.density import Density, parse_density
-from fewbit_fx.codebooks.fitting import codebook
-from fewbit_fx.codebooks.levels import Codebook, gray_code
+from fewbit_fx.codebooks.fitting import Codebook, gray_code
+from fewbit_fx.codebooks.of_functions import codebook
 from fewbit_fx.codebooks.sampling import Sample, sample_derivative
 from fewbit_fx.environment import describe_environment
 from fewbit_fx.reporting.text_table import text_table

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from fewbit_fx.codebooks.levels import Array
+from fewbit_fx.codebooks.fitting import Array
 from fewbit_fx.torch_private.modes import real_mode
 
 from .graph import COPIES, constant_value, prims, value_of

@@ -8,7 +8,8 @@ from torch import Tensor, fx
 
 from fewbit_fx.torch_private.sizes import bare_symbol, is_symbol, storage_key, storage_nbytes
 
-from .graph import copy_module, output_values, placeholders, value_of
+from .graph import output_values, placeholders, value_of
+from .splice import copy_module
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Decide for each site how to represent it: the choice, before any graph is touched."""
+"""Decide for each site by itself how to represent it, asking the representations; what buys nothing ``gain`` drops."""
 
 from __future__ import annotations
 

@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, fx
 
-from .graph import after, by_name, description, output_values, placeholders, splice, trace
+from .graph import by_name, output_values, placeholders
 from .partition import Partition
 from .representations import Decision, Encode, Exact, Representation
 from .sites import Site
+from .splice import after, description, splice, trace
 
 PREFIX = "fewbit_plane"
 SITE = "fewbit_site"  # key of a plane's metadata: the name of the anchor of the first site that saves it

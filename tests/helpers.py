@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbit_fx.codebooks.density import Typical
-from fewbit_fx.codebooks.levels import Codebook, fit_codebook
+from fewbit_fx.codebooks.fitting import Codebook, fit_codebook
 from fewbit_fx.codebooks.sampling import sample_derivative
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.passes.graph import output_values

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewbit_fx.codebooks.activations import derivative_of, is_affine
 from fewbit_fx.codebooks.density import Typical, Uniform
-from fewbit_fx.codebooks.levels import Codebook
+from fewbit_fx.codebooks.fitting import Codebook
 from fewbit_fx.codebooks.sampling import NotCodableError, sample_derivative
 from fewbit_fx.codebooks.thresholds import Thresholds
 from fewbit_fx.codec.scheme import CodingScheme, fit_scheme

@@ -18,7 +18,7 @@ import fewbit_fx
 from fewbit_fx.__main__ import main
 from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
 from fewbit_fx.codebooks.density import Normal, Observed, Typical, Uniform, parse_density
-from fewbit_fx.codebooks.fitting import fit
+from fewbit_fx.codebooks.of_functions import fit
 
 
 def error_on(function, levels: tuple[float, ...], x: Tensor) -> float:  # type: ignore[no-untyped-def]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
-from fewbit_fx.codebooks.levels import bits_for, gray_code
+from fewbit_fx.codebooks.fitting import bits_for, gray_code
 from fewbit_fx.codebooks.thresholds import Thresholds
 from fewbit_fx.codec.bitplanes import PlaneLayout, bit_weights, plane_layout
 from fewbit_fx.codec.encode_decode import bits_by_threshold, bits_by_value, by_code, decode_and_multiply, encode

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fewbit_fx.codebooks.activations import ACTIVATIONS, is_affine, recognise
 from fewbit_fx.codebooks.density import Typical
-from fewbit_fx.codebooks.levels import Codebook, fit_codebook, optimal_levels
+from fewbit_fx.codebooks.fitting import Codebook, fit_codebook, optimal_levels
 from fewbit_fx.codebooks.sampling import NotCodableError, sample_derivative
 
 BOUNDED = [n for n in ACTIVATIONS if n not in ("squared relu", "exp", "square")]

@@ -20,7 +20,7 @@ import fewbit_fx.functional
 import fewbit_fx.nn
 from fewbit_fx import FewBitConfig
 from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
-from fewbit_fx.codebooks.levels import bits_for
+from fewbit_fx.codebooks.fitting import bits_for
 from fewbit_fx.codec.bitplanes import PlaneLayout
 from fewbit_fx.codec.encode_decode import bits_by_value, decode_and_multiply, encode
 from fewbit_fx.codec.nonfinite import MARK, Undefined, find_undefined, is_finite

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 
 import fewbit_fx.functional
-from fewbit_fx.codebooks.levels import bits_for
+from fewbit_fx.codebooks.fitting import bits_for
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fewbit_fx import FewBitConfig
 from fewbit_fx.passes import rewrite as rewriting
 from fewbit_fx.passes.gain import NEEDED, NOT_SAVED
-from fewbit_fx.passes.graph import trace
 from fewbit_fx.passes.representations.derivative_codes import PRODUCT
+from fewbit_fx.passes.splice import trace
 
 PLAIN = FewBitConfig(derivatives=False, masks=False, min_numel=0, strict=True)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
 from fewbit_fx.codebooks.density import Extent, Normal, Typical
-from fewbit_fx.codebooks.fitting import codebook
-from fewbit_fx.codebooks.levels import Array, Codebook, fit_codebook
+from fewbit_fx.codebooks.fitting import Array, Codebook, fit_codebook
+from fewbit_fx.codebooks.of_functions import codebook
 from fewbit_fx.codec.scheme import fit_scheme
 
 SMOOTH = [

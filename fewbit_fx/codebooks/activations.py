@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbit_fx.codebooks.levels import Array
+from fewbit_fx.codebooks.fitting import Array
 from fewbit_fx.codebooks.sampling import Function
 from fewbit_fx.torch_private.graphs import trace_for_all_shapes
 from fewbit_fx.torch_private.modes import neutral_hooks, real_mode

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbit_fx.codebooks.levels import Array
+from fewbit_fx.codebooks.fitting import Array
 from fewbit_fx.torch_private.modes import real_mode
 
 _POINTS = 16_385

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from fewbit_fx.codebooks.levels import Array, Codebook
+from fewbit_fx.codebooks.fitting import Array, Codebook
 from fewbit_fx.codebooks.sampling import Sample
 
 

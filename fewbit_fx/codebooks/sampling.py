@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewbit_fx.codebooks.density import Density, Extent
-from fewbit_fx.codebooks.levels import Array
+from fewbit_fx.codebooks.fitting import Array
 from fewbit_fx.codebooks.zoom import zoom
 
 Function = Callable[[Array], Array]

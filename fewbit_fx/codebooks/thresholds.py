@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fewbit_fx.codebooks.levels import Array, Codebook, gray_code
+from fewbit_fx.codebooks.fitting import Array, Codebook, gray_code
 from fewbit_fx.codebooks.sampling import Function, symmetric_grid
 
 Mask = npt.NDArray[np.bool_]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from fewbit_fx.codebooks.levels import Array
+from fewbit_fx.codebooks.fitting import Array
 
 _STRETCHES = 16  # of the grid, each looked at by itself: what bends in one does not hide the others
 _PER_STRETCH = 4  # cells, by height and by bend

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fewbit_fx.codebooks.levels import bits_for, boundaries_between, gray_code
+from fewbit_fx.codebooks.fitting import bits_for, boundaries_between, gray_code
 from fewbit_fx.codebooks.thresholds import Thresholds
 from fewbit_fx.codec.bitplanes import PlaneLayout, bit_weights
 from fewbit_fx.codec.nonfinite import is_marked, mark, reserved_prefix
@@ -85,7 +85,7 @@ def encode(
         bits_of: Takes blocks of x, returns blocks of bits.
         layout: Of x.
         guarded: The last bits say what is finite (``escape``).
-        mirrored: The levels are (``levels.is_mirrored``).
+        mirrored: The levels are (``fitting.is_mirrored``).
     """
     weights = bit_weights(x.device)
     planes = []

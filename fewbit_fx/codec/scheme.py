@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fewbit_fx.codebooks.density import Typical
-from fewbit_fx.codebooks.levels import Codebook, fit_codebook, is_mirrored
+from fewbit_fx.codebooks.fitting import Codebook, fit_codebook, is_mirrored
 from fewbit_fx.codebooks.sampling import Function, sample_derivative
 from fewbit_fx.codebooks.thresholds import Thresholds, find_thresholds
 from fewbit_fx.codec.encode_decode import at_least_float32, bits_by_threshold, bits_by_value, takes_signs
@@ -24,7 +24,7 @@ class CodingScheme:
         codebook: Its levels.
         thresholds: Where on the x axis the code changes; None if codes come from the values of f'.
         undefined: Which of NaN and the infinities have a derivative that is not finite; None if none has.
-        mirrored: Half of the levels follow from the others (``levels.is_mirrored``).
+        mirrored: Half of the levels follow from the others (``fitting.is_mirrored``).
     """
 
     codebook: Codebook

@@ -11,8 +11,9 @@ from fewbit_fx.codec.bitplanes import PlaneLayout, bit_weights, plane_layout
 from fewbit_fx.codec.encode_decode import encode
 from fewbit_fx.config import FewBitConfig
 
-from ..graph import description, value_of
+from ..graph import value_of
 from ..sites import MaskSite, Site
+from ..splice import description
 from .representation import Decision, Decode, Encode, Exact, Representation
 
 SWITCHED_OFF = "masks are switched off (masks=False)"

@@ -8,7 +8,7 @@ from enum import Enum, auto
 from torch import fx
 
 from ..derivative import Derivative
-from ..names import activation_name, is_product
+from ..function_names import activation_name, is_product
 from .site import Site
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..derivative import Derivative
-from ..names import activation_name, comes_from_random_numbers
+from ..function_names import activation_name, comes_from_random_numbers
 from .site import Site
 
 
