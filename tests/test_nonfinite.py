@@ -184,7 +184,7 @@ def test_an_overflow_is_seen() -> None:
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    scaler.decode_and_multiply(model(x * 10)[:, 0].nan_to_num().sum()).backward()
+    scaler.scale(model(x * 10)[:, 0].nan_to_num().sum()).backward()
     with pytest.raises(RuntimeError, match="non-finite"):
         torch.nn.utils.clip_grad_norm_(model[0].parameters(), 1.0, error_if_nonfinite=True)
     scaler.step(optimizer)
