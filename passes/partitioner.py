@@ -138,6 +138,8 @@ def _without_useless_codes(plan: dict[Site, Decision], partition: Partition) -> 
 
 def _log(record: GraphRecord) -> None:
     """A line per decision, for ``TORCH_LOGS="+fewbit_fx"``."""
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
     for site in record.sites:
         why = f", because {site.reason}" if site.reason else ""
         where = site.module or site.source_line or "-"

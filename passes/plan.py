@@ -44,7 +44,7 @@ def choose(
 
 def _skipped(site: Site, patterns: Sequence[str]) -> str:
     """Which pattern names the site's module; "" if none does."""
-    path = module_path(site.anchor)
+    path = module_path(site.anchor) if patterns else ""
     return next((f"the option skip has {p!r}" for p in patterns if fnmatch.fnmatchcase(path, p)), "")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,13 +247,8 @@ class _SquaredReLU(nn.Module):
         return F.relu(x) ** 2
 
 
-def held_bytes(result: Tensor, model: nn.Module) -> int:
-    """Bytes that really live on for the backward of ``result``: each storage once, without parameters and buffers.
-
-    Found from the autograd graph itself, with what its nodes have saved; independent of any report.
-    """
-    alive = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
+def autograd_nodes(result: Tensor) -> Iterator[Any]:
+    """Every node of the autograd graph behind a tensor, once."""
     seen, todo = set(), [result.grad_fn]
     while todo:
         node = todo.pop()
@@ -261,6 +256,17 @@ def held_bytes(result: Tensor, model: nn.Module) -> int:
             continue
         seen.add(node)
         todo += [following for following, _ in node.next_functions]
+        yield node
+
+
+def held_bytes(result: Tensor, model: nn.Module) -> int:
+    """Bytes that really live on for the backward of ``result``: each storage once, without parameters and buffers.
+
+    Found from the autograd graph itself, with what its nodes have saved; independent of any report.
+    """
+    alive = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+    for node in autograd_nodes(result):
         saved = list(getattr(node, "saved_tensors", ()))
         saved += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
         for tensor in saved:

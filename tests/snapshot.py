@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 from functorch.compile import make_boxed_func
-from helpers import model_zoo
+from helpers import autograd_nodes, model_zoo
 from test_report_hf import ARCHITECTURES, model_and_inputs
 from torch import Tensor, nn
 from torch._inductor import compile_fx
@@ -48,15 +48,8 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def saved_tensors(result: Tensor) -> list[Tensor]:
     """What the autograd graph holds, in its order."""
-    found, seen, todo = [], set(), [result.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        todo += [following for following, _ in node.next_functions]
-        found += [t for t in getattr(node, "saved_tensors", ()) if isinstance(t, Tensor)]
-    return found
+    saved = (t for node in autograd_nodes(result) for t in getattr(node, "saved_tensors", ()))
+    return [t for t in saved if isinstance(t, Tensor)]
 
 
 def snapshot(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
