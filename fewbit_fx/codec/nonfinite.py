@@ -106,12 +106,13 @@ def mark(words: Sequence[Tensor], blocks: Tensor) -> list[Tensor]:
         blocks: What was encoded, shape (..., 32, lanes).
     """
     *prefix, last, finite = words
-    finite = _in_the_loop_of_lanes(finite, blocks)
     undefined = torch.bitwise_not(finite)
-    poisoned = undefined != 0
-    last = torch.where(poisoned, MARK, torch.where(last == MARK, torch.bitwise_xor(last, 1), last))
+    poisoned = _in_the_loop_of_lanes(undefined != 0, blocks)
+    last = torch.where(poisoned, MARK, torch.bitwise_xor(last, (last == MARK).to(torch.int32)))
     if not prefix:
         return [last]
+    if len(prefix) == 1:  # the general case, in one operation
+        return [torch.where(poisoned, undefined, prefix[0]), last]
     reserved = reserved_prefix(len(prefix) + 1)
     same = [word if bit else torch.bitwise_not(word) for word, bit in zip(prefix, reserved, strict=True)]
     moved = torch.where(poisoned, functools.reduce(torch.bitwise_and, same, finite), 0)
@@ -119,16 +120,16 @@ def mark(words: Sequence[Tensor], blocks: Tensor) -> list[Tensor]:
     return [*(w | undefined if bit else w & finite for w, bit in zip(beside, reserved, strict=True)), last]
 
 
-def _in_the_loop_of_lanes(words: Tensor, blocks: Tensor) -> Tensor:
-    """The same words, by an expression that reads a row of their blocks.
+def _in_the_loop_of_lanes(poisoned: Tensor, blocks: Tensor) -> Tensor:
+    """The same booleans of words, by an expression that reads a row of their blocks.
 
-    On a CPU Inductor then works on them in the loop that packed them, with vectors of the same length. Otherwise
-    it merges the loops over blocks and lanes to one of its own, and reads and writes all planes again.
+    On a CPU Inductor then works on the words in the loop that packed them, with vectors of the same length.
+    Otherwise it merges the loops over blocks and lanes to one of its own, and reads and writes all planes again.
     """
-    if words.shape[-1] == 1:
-        return words
-    nothing = blocks[..., :1, :].abs() < 0
-    return words | nothing.to(torch.int32)
+    if poisoned.shape[-1] == 1:
+        return poisoned
+    never = blocks[..., :1, :] < float("-inf")
+    return torch.bitwise_or(poisoned, never)
 
 
 def is_marked(words: Tensor) -> Tensor:
