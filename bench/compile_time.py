@@ -126,7 +126,7 @@ def compile_in_this_process(settings: Settings, backend: str, layers: int) -> Co
     compiled(tokens, tokens).backward()
     compile_s = time.perf_counter() - started
     report = coder.last_report()  # of nothing under inductor
-    coded = sum(site.action != "left exact" for site in report.sites)
+    coded = sum(not site.is_exact for site in report.sites)
     return Compilation(backend, layers, compile_s, sum((g.pass_seconds for g in report.graphs), 0.0), coded)
 
 

@@ -22,6 +22,7 @@ from fewbit_fx.codebooks.of_functions import codebook  # noqa: E402
 from fewbit_fx.codebooks.sampling import NotCodableError  # noqa: E402
 from fewbit_fx.config import FewBitConfig  # noqa: E402
 from fewbit_fx.conversion import convert  # noqa: E402
+from fewbit_fx.dynamo.bisector import Bisection, bisect  # noqa: E402
 from fewbit_fx.dynamo.explainer import explain  # noqa: E402
 from fewbit_fx.dynamo.fewbit_backend import FewBitBackend, backend, fewbit, last_report  # noqa: E402
 from fewbit_fx.reporting.report import Report  # noqa: E402
@@ -29,12 +30,14 @@ from fewbit_fx.torch_private.dynamo import register_backend  # noqa: E402
 
 __all__ = [
     "__version__",
+    "Bisection",
     "Codebook",
     "FewBitBackend",
     "FewBitConfig",
     "NotCodableError",
     "Report",
     "backend",
+    "bisect",
     "codebook",
     "convert",
     "density",

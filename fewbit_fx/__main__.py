@@ -1,8 +1,9 @@
-"""The command line: ``python -m fewbit_fx codebook gelu --bits 3`` and ``python -m fewbit_fx env``."""
+"""The command line: ``python -m fewbit_fx codebook``, ``bisect`` and ``env``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from fewbit_fx.codebooks.density import Density, parse_density
 from fewbit_fx.codebooks.fitting import Codebook, gray_code
 from fewbit_fx.codebooks.of_functions import codebook
 from fewbit_fx.codebooks.sampling import Sample, sample_derivative
+from fewbit_fx.dynamo.bisector import bisect
 from fewbit_fx.environment import describe_environment
 from fewbit_fx.reporting.text_table import text_table
 
@@ -33,7 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     show.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the derivative, its levels and the error")
     commands.add_parser("env", help="print versions, devices and options, for a bug report")
+    halve = commands.add_parser("bisect", help="find the sites whose codes make a check of yours fail")
+    halve.add_argument(
+        "check",
+        metavar="MODULE:FUNCTION",
+        help="a function that takes a fewbit backend, compiles a fresh model with it, runs it, and returns whether "
+        "the result is good",
+    )
     options = parser.parse_args(arguments)
+    if options.command == "bisect":
+        _bisect(options.check)
+        return
     if options.command == "env":
         print("\n".join(f"{name:30} {value}" for name, value in describe_environment()))
         return
@@ -41,6 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _show_codebook(options.function, options.bits, parse_density(options.density), options.plot)
     except (ValueError, TypeError, OSError) as mistake:  # OSError: the file to plot to
         sys.exit(f"fewbit_fx: {mistake}")
+
+
+def _bisect(check: str) -> None:
+    module, _, name = check.partition(":")
+    sys.path.insert(0, "")  # a script beside the caller, as ``python -m`` finds it
+    try:
+        function = getattr(importlib.import_module(module), name)
+        print(bisect(function, progress=lambda line: print(line, flush=True)))
+    except (ImportError, AttributeError, ValueError) as mistake:
+        sys.exit(f"fewbit_fx: {check!r}: {mistake}")
 
 
 def _show_codebook(name: str, bits: int, density: Density, plot: Path | None) -> None:

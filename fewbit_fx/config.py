@@ -28,7 +28,11 @@ class FewBitConfig:
         masks: Pack boolean masks (ReLU family, dropout) to one exact bit per element.
         strict: Raise on a fault inside fewbit-fx, instead of one warning and the exact graph.
         skip: Modules whose sites are left exact: patterns of their paths as the report names them, such as
-            ``("blocks.0.*", "head")``, where ``*`` stands for anything. One pattern may be given by itself.
+            ``("blocks.0.*", "head")``, where ``*`` stands for anything. Names of sites match too. One pattern
+            may be given by itself.
+        disable: Names of passes that do not run, to find out which of them does what: ``find`` (sites),
+            ``represent`` (choose codes), ``gain`` (drop codes that free nothing), ``rewrite`` (put the codes in),
+            ``compare`` (keep the smaller partition). One may be given by itself.
 
     Raises:
         TypeError: An option of the wrong type; the message names option, value and what is allowed.
@@ -50,6 +54,9 @@ class FewBitConfig:
         "patterns of module paths",
         'sites in modules of these paths are left exact, such as `("blocks.0.*", "head")`',
     )
+    disable: tuple[str, ...] = _option(
+        (), "names of passes", "passes that do not run: `find`, `represent`, `gain`, `rewrite`, `compare`"
+    )
 
     def __post_init__(self) -> None:
         allowed = f"a whole number from {MIN_BITS} to {MAX_BITS}"
@@ -65,11 +72,9 @@ class FewBitConfig:
         for name in ("derivatives", "masks", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(_message(name, getattr(self, name), "True or False"))
-        given: Any = self.skip
-        patterns = (given,) if isinstance(given, str) else given
-        if not isinstance(patterns, (tuple, list)) or not all(isinstance(p, str) for p in patterns):
-            raise TypeError(_message("skip", self.skip, "a pattern of module paths, or a sequence of them"))
-        object.__setattr__(self, "skip", tuple(patterns))  # as one form, which is hashable
+        for name, what in (("skip", "a pattern of module paths"), ("disable", "the name of a pass")):
+            texts = _texts(name, getattr(self, name), f"{what}, or a sequence of them")
+            object.__setattr__(self, name, texts)  # as one form, which is hashable
 
     @classmethod
     def option_names(cls) -> tuple[str, ...]:
@@ -95,6 +100,13 @@ class FewBitConfig:
 
 def _message(name: str, value: object, allowed: str) -> str:
     return f"fewbit option {name!r} is {value!r} ({type(value).__name__}); allowed is {allowed}"
+
+
+def _texts(name: str, value: Any, allowed: str) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (tuple, list)) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(_message(name, value, allowed))
+    return tuple(texts)
 
 
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:

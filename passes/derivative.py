@@ -14,12 +14,21 @@ from fewbit_fx.codebooks.fitting import Array
 from fewbit_fx.torch_private.modes import real_mode
 
 from .graph import COPIES, constant_value, prims, value_of
+from .reasons import Cause, Reason
 
 _X, _GRADIENT = 0, 1  # where the program finds its inputs
 
 
 class NotEvaluableError(Exception):
-    """A derivative that cannot be read off its region or evaluated; the message says why."""
+    """A derivative that cannot be read off its region or evaluated.
+
+    Attributes:
+        reason: Why.
+    """
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,8 @@ class Derivative:
         try:
             return self.ideal(x)
         except Exception as fault:
-            raise NotEvaluableError(f"its derivative cannot be evaluated: {fault or type(fault).__name__}") from fault
+            problem = str(fault) or type(fault).__name__
+            raise NotEvaluableError(Reason.of(Cause.NOT_EVALUABLE, problem=problem)) from fault
 
     def ideal(self, x: Array) -> Array:
         """f'(x) in float64 throughout: what the graph means, free of its dtypes' rounding."""
@@ -112,7 +122,7 @@ def _instruction(node: fx.Node, index: Mapping[fx.Node, Value]) -> Instruction:
 
     def to_value(argument: fx.Node) -> Any:
         if argument not in index:
-            raise NotEvaluableError(f"it depends on {argument.name}, which is not known when compiling")
+            raise NotEvaluableError(Reason.of(Cause.UNKNOWN_INPUT, node=argument.name))
         return index[argument]
 
     if node.target in COPIES:

@@ -18,12 +18,11 @@ from fewbit_fx.torch_private.sizes import storage_key, storage_nbytes
 
 from .graph import ancestors, by_name, closure, output_values
 from .partition import Partition
+from .reasons import Cause, Reason
 from .sites import Site
 
-NOT_SAVED = "torch.compile saves nothing for it that does not live anyway"
-NEEDED = "the backward needs its exact value for something else too, so a code would save nothing"
-RETURNED = "the graph returns what it follows from to its caller, where it may live on"
-NOT_SMALLER = "a code would be no smaller than what torch.compile saves for it"
+NOT_SAVED, NEEDED, RETURNED = Reason(Cause.NOT_SAVED), Reason(Cause.NEEDED), Reason(Cause.RETURNED)
+NOT_SMALLER = Reason(Cause.CODE_NOT_SMALLER)
 
 
 class Gain:
@@ -39,13 +38,13 @@ class Gain:
         self._storage_of = {n.name: i for i, nodes in enumerate(storages.values()) for n in nodes}
         self._returned = {i for i, key in enumerate(storages) if key in self._results}
 
-    def useless(self, cost: Mapping[Site, int]) -> dict[Site, str]:
+    def useless(self, cost: Mapping[Site, int]) -> dict[Site, Reason]:
         """The sites whose codes would buy nothing, each with the reason.
 
         Args:
             cost: Candidates, with the bytes that their codes take.
         """
-        leaves = {site: self._leaves(site) for site in cost if self._is_read(site)}
+        leaves = {site: self._leaves(site) for site in cost if self.is_read(site)}
         verdicts = {site: RETURNED for site in cost if self._follows_from_a_result(site)}
         verdicts |= {site: NOT_SAVED for site in cost if not leaves.get(site)}
         while True:
@@ -57,7 +56,7 @@ class Gain:
 
     def _verdicts(
         self, coded: list[Site], leaves: Mapping[Site, set[int]], cost: Mapping[Site, int]
-    ) -> Iterator[tuple[Site, str]]:
+    ) -> Iterator[tuple[Site, Reason]]:
         """Sites that buy nothing if just these are coded."""
         reached = self._reached(coded)
         decoded = {site.replaced.name for site in coded}
@@ -72,7 +71,7 @@ class Gain:
             elif sum(self._bytes[i] / sharers[i] for i in freed[site]) <= cost[site]:
                 yield site, NOT_SMALLER
 
-    def _is_read(self, site: Site) -> bool:
+    def is_read(self, site: Site) -> bool:
         """Whether the backward has all the nodes that a rewrite of the site touches."""
         nodes = (*site.coded_inputs, site.replaced, *site.exact_inputs)
         return all(n.name in self._nodes for n in nodes)

@@ -1,4 +1,4 @@
-"""The partitioner: all passes in their order, and the guarantee that none of them does harm."""
+"""The partitioner: what Inductor calls, and the guarantee that no pass does harm."""
 
 from __future__ import annotations
 
@@ -20,32 +20,26 @@ import fewbit_fx
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.inductor import CustomPartitionerFn, donate_nothing, min_cut_rematerialization_partition
 
-from .gain import Gain
 from .partition import Partition
-from .plan import choose
+from .pipeline import Work, require_pass_names, run_passes
+from .reasons import Cause, Reason
 from .record import GraphRecord, graph_record, unexamined_record
-from .representations import Decision, Exact, Proposal
-from .rewrite import SiteError, rewrite
-from .sites import Site, find_sites
+from .representations import Proposal
 
 logger = logging.getLogger("fewbit_fx")
-
-NOT_SMALLER = "the rewritten graphs came out no smaller, so torch.compile's own are kept"
 
 
 class FewBitPartitioner(CustomPartitionerFn):
     """Partition a joint graph so that few-bit codes, not tensors, are saved for the backward.
 
-    Order: cut the graph as torch.compile does; find sites in it; choose their representations; keep
-    those that buy memory in this cut; rewrite a copy of the cut; take it if it is the smaller one.
+    It cuts the graph as torch.compile does, and runs the passes of ``pipeline`` on the result.
 
     Args:
         config: The options.
         record: Called with one :class:`GraphRecord` per partitioned graph.
         kept_inputs: Positions of the graph's inputs that live on whatever it saves, beside parameters and buffers.
         proposals: Representations beside our own, asked first.
-        observe: Called with the sites, torch.compile's own partition and the one in use, of each graph. It must
-            change none of them.
+        observe: Called with what the passes found out of each graph. It must change nothing of it.
     """
 
     def __init__(
@@ -54,8 +48,9 @@ class FewBitPartitioner(CustomPartitionerFn):
         record: Callable[[GraphRecord], None],
         kept_inputs: tuple[int, ...] = (),
         proposals: Sequence[Proposal] = (),
-        observe: Callable[[Sequence[Site], Partition, Partition], None] | None = None,
+        observe: Callable[[Work], None] | None = None,
     ) -> None:
+        require_pass_names(config.disable)
         self._config = config
         self._record = record
         self._kept_inputs = kept_inputs
@@ -77,12 +72,10 @@ class FewBitPartitioner(CustomPartitionerFn):
             if self._config.strict:
                 raise
             _warn_of("a graph", fault)
-            chosen, record = plain, unexamined_record(plain, f"left exact after a fault: {fault!r}")
+            chosen, record = plain, unexamined_record(plain, Reason.of(Cause.FAULT, fault=repr(fault)))
         if chosen.is_donated_in_part() and not plain.is_donated_in_part():
             donate_nothing(chosen.forward)  # or a backward with retain_graph=True would raise that works with inductor
-        record = replace(record, pass_seconds=time.perf_counter() - started)
-        _log(record)
-        self._record(record)
+        self._record(replace(record, pass_seconds=time.perf_counter() - started))
         return chosen.forward, chosen.backward
 
     def uuid(self) -> Any:
@@ -98,59 +91,13 @@ class FewBitPartitioner(CustomPartitionerFn):
 
     def _compress(self, joint: fx.Graph, plain: Partition) -> tuple[Partition, GraphRecord]:
         """``joint`` is as the cut left it: without duplicates, with the names that the cut's graphs have."""
-        sites, unreadable = find_sites(joint, plain.computed_in_backward())
-        symbols = plain.symbols_in_backward()
-        plan = _without_useless_codes(
-            {site: choose(site, self._config, symbols, self._proposals) for site in sites}, plain
-        )
-        chosen, plan = self._rewritten(plain, plan)
-        if chosen is not plain and chosen.saved_bytes() >= plain.saved_bytes():
-            chosen = plain
-            plan = {s: r if isinstance(r, Exact) else Exact(NOT_SMALLER) for s, r in plan.items()}
+        work, seconds = run_passes(Work(joint, plain, plain, self._config, self._proposals))
+        if work.faults:
+            several = len(work.faults) > 1
+            _warn_of(f"{len(work.faults)} sites of a graph" if several else "one site of a graph", work.faults[0])
         if self._observe:
-            self._observe(sites, plain, chosen)
-        return chosen, graph_record(plain, chosen, plan, unreadable, self._config.min_numel)
-
-    def _rewritten(self, plain: Partition, plan: dict[Site, Decision]) -> tuple[Partition, dict[Site, Decision]]:
-        """The partition with the plan's codes, and the plan without the sites at which that failed."""
-        faults: list[BaseException] = []
-        chosen = plain
-        while any(not isinstance(r, Exact) for r in plan.values()):
-            try:
-                chosen = rewrite(plain, plan)
-                break
-            except SiteError as error:
-                fault = error.__cause__ or error
-                if self._config.strict:
-                    raise fault from None
-                faults.append(fault)
-                plan = _without_useless_codes({**plan, error.site: Exact(f"of a fault there: {fault!r}")}, plain)
-        if faults:
-            _warn_of(f"{len(faults)} sites of a graph" if len(faults) > 1 else "one site of a graph", faults[0])
-        return chosen, plan
-
-
-def _without_useless_codes(plan: dict[Site, Decision], partition: Partition) -> dict[Site, Decision]:
-    cost = {s: r.nbytes for s, r in plan.items() if not isinstance(r, Exact)}
-    useless = Gain(partition).useless(cost)
-    return {s: Exact(useless[s]) if s in useless else r for s, r in plan.items()}
-
-
-def _log(record: GraphRecord) -> None:
-    """A line per decision, for ``TORCH_LOGS="+fewbit_fx"``."""
-    if not logger.isEnabledFor(logging.DEBUG):
-        return
-    for site in record.sites:
-        why = f", because {site.reason}" if site.reason else ""
-        where = site.module or site.source_line or "-"
-        logger.debug("graph %s: %s %s: %s%s", record.compile_id, where, site.function, site.action, why)
-    logger.debug(
-        "graph %s: %d bytes saved instead of %d; %.3f s",
-        record.compile_id,
-        record.fewbit_bytes,
-        record.plain_bytes,
-        record.pass_seconds,
-    )
+            self._observe(work)
+        return work.chosen, graph_record(work, seconds)
 
 
 def _warn_of(what: str, fault: BaseException) -> None:

@@ -13,19 +13,22 @@ from fewbit_fx.torch_private.sizes import has_size_from_data, hint, size_symbols
 
 from .graph import value_of
 from .provenance import module_path
+from .reasons import Cause, Reason
 from .representations import PROPOSALS, Decision, Exact, Proposal
 from .sites import Site
 
 _RECOMPUTE = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
-SIZE_FROM_DATA = "its size is known from data only, not when compiling"
-SIZE_NOT_IN_BACKWARD = "its size follows from a number that the backward is not given"
-EMPTY = "it has no elements"
-RECOMPUTED = "activation checkpointing computes it again in the backward"
-NO_FORM = "no representation is for a site of its kind"
+SIZE_FROM_DATA, SIZE_NOT_IN_BACKWARD = Reason(Cause.SIZE_FROM_DATA), Reason(Cause.SIZE_NOT_IN_BACKWARD)
+EMPTY, RECOMPUTED = Reason(Cause.EMPTY), Reason(Cause.RECOMPUTED)
+NO_REPRESENTATION = Reason(Cause.NO_REPRESENTATION)
 
 
 def choose(
-    site: Site, config: FewBitConfig, symbols: Set[object] = frozenset(), proposals: Sequence[Proposal] = ()
+    site: Site,
+    config: FewBitConfig,
+    symbols: Set[object] = frozenset(),
+    proposals: Sequence[Proposal] = (),
+    name: str = "",
 ) -> Decision:
     """The representation of one site by itself; whether it buys memory shows only after the cut.
 
@@ -34,22 +37,24 @@ def choose(
         config: The options.
         symbols: Those that the backward has as inputs. What follows from a code alone takes its size from them.
         proposals: Asked before our own.
+        name: Of the site, which the option ``skip`` may match.
     """
-    reason = _skipped(site, config.skip) or _unsuitable(site, config.min_numel, symbols)
+    reason = _skipped(site, name, config.skip) or _unsuitable(site, config.min_numel, symbols)
     if reason:
         return Exact(reason)
     answers = (propose(site, config) for propose in (*proposals, *PROPOSALS))
-    return next((answer for answer in answers if answer is not None), Exact(NO_FORM))
+    return next((answer for answer in answers if answer is not None), Exact(NO_REPRESENTATION))
 
 
-def _skipped(site: Site, patterns: Sequence[str]) -> str:
-    """Which pattern names the site's module; "" if none does."""
-    path = module_path(site.anchor) if patterns else ""
-    return next((f"the option skip has {p!r}" for p in patterns if fnmatch.fnmatchcase(path, p)), "")
+def _skipped(site: Site, name: str, patterns: Sequence[str]) -> Reason | None:
+    """Which pattern matches the site's module or name; None if none does."""
+    texts = (module_path(site.anchor), name) if patterns else ()
+    found = (p for p in patterns if any(fnmatch.fnmatchcase(text, p) for text in texts))
+    return next((Reason.of(Cause.SKIPPED, pattern=p) for p in found), None)
 
 
-def _unsuitable(site: Site, min_numel: int, symbols: Set[object]) -> str:
-    """Why no representation suits a site, whatever it is; "" if one may."""
+def _unsuitable(site: Site, min_numel: int, symbols: Set[object]) -> Reason | None:
+    """Why no representation suits a site, whatever it is; None if one may."""
     value, stored = value_of(site.anchor), value_of(site.stored)
     if has_size_from_data(value):
         return SIZE_FROM_DATA
@@ -57,11 +62,11 @@ def _unsuitable(site: Site, min_numel: int, symbols: Set[object]) -> str:
         return SIZE_NOT_IN_BACKWARD
     elements = hint(value.numel())
     if elements < min_numel:
-        return f"it has {elements:,} elements, fewer than min_numel = {min_numel:,}"
+        return Reason.of(Cause.TOO_FEW_ELEMENTS, elements=elements, min_numel=min_numel)
     if elements == 0:
         return EMPTY
     if plane_layout(stored).has_an_empty_part(stored):
-        return f"its size is symbolic, and its {elements:,} elements do not fill a block of bits"
+        return Reason.of(Cause.NO_FULL_BLOCK, elements=elements)
     if any(n.meta.get("recompute") in _RECOMPUTE for n in (site.stored, *site.exact_inputs)):
         return RECOMPUTED
-    return ""
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ from fewbit_fx.torch_private.sizes import hint
 from .attribution import Leftover, Share, attribute
 from .graph import value_of
 from .partition import Partition
+from .pipeline import Work
 from .provenance import module_path, source_line
+from .reasons import Reason
 from .representations import Decision, Exact
 from .sites import Site, Unreadable
 
@@ -26,11 +28,13 @@ class SiteRecord:
     Attributes:
         module: Path of the module in the model, such as ``blocks.0.mlp``, or "" for the model itself.
         source_line: ``file:line`` of the user's code, or "".
+        name: By which the option ``skip`` and the saved tensors call the site, such as ``blocks.0.mlp.gelu``.
         function: Recognised name such as ``gelu``, or ``custom``, ``dropout``, ``mask``, ``product``.
         shape: Of the tensor; symbolic sizes as text.
         dtype: Of the tensor, such as ``bfloat16``.
-        action: ``coded in 3 bits``, ``exact one-bit mask`` or ``left exact``.
-        reason: Why it was left exact, or "".
+        form: Of its representation, such as ``codes`` or ``mask``; "" if it was left exact.
+        bits: Stored per element; 0 if it was left exact.
+        reason: Why it was left exact; None if it was not.
         bytes_before: Bytes of the saved storages that count for this row under torch.compile's own partition:
             those that the derivative would otherwise be computed from. Each storage counts for one row, so 0
             where nothing is saved for this site, or where it counts for an earlier one.
@@ -42,16 +46,23 @@ class SiteRecord:
 
     module: str
     source_line: str
+    name: str
     function: str
     shape: tuple[int | str, ...]
     dtype: str
-    action: str
-    reason: str
+    form: str
+    bits: int
+    reason: Reason | None
     bytes_before: int
     bytes_after: int
     relative_error: float
     levels: tuple[float, ...] = ()
     small: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the site was left as it is."""
+        return self.reason is not None
 
 
 @dataclass(frozen=True)
@@ -90,20 +101,22 @@ class GraphRecord:
             once, without parameters and buffers.
         fewbit_bytes: The same for the partition that is used.
         sites: Every site looked at, in graph order.
-        note: Why the whole graph was left exact, or "".
+        note: Why the whole graph was left exact; None if it was looked at.
         others: All else that is saved. The bytes before of all sites and others sum to ``plain_bytes``, their
             bytes after to ``fewbit_bytes``, by hint where sizes are symbolic.
-        pass_seconds: Wall time of fewbit's own passes, without torch's cut, when the graph was
+        pass_seconds: Wall time of fewbit's own work, without torch's cut, when the graph was
             compiled, in seconds. Not compared.
+        pass_times: Of it, the names of the passes and their seconds. Not compared.
     """
 
     compile_id: str
     plain_bytes: int
     fewbit_bytes: int
     sites: tuple[SiteRecord, ...]
-    note: str = ""
+    note: Reason | None = None
     others: tuple[OtherRecord, ...] = ()
     pass_seconds: float = field(default=0.0, compare=False)
+    pass_times: tuple[tuple[str, float], ...] = field(default=(), compare=False)
 
     @property
     def rows(self) -> tuple[SiteRecord | OtherRecord, ...]:
@@ -111,49 +124,50 @@ class GraphRecord:
         return self.sites + self.others
 
 
-def graph_record(
-    plain: Partition,
-    chosen: Partition,
-    plan: Mapping[Site, Decision],
-    unreadable: Sequence[Unreadable],
-    min_numel: int,
-) -> GraphRecord:
+def graph_record(work: Work, seconds: Mapping[str, float]) -> GraphRecord:
     """The record of one graph.
 
     Args:
-        plain: torch.compile's own partition.
-        chosen: The one in use.
-        plan: The sites, in graph order, with their final representations.
-        unreadable: Regions whose derivative could not be read off the graph.
-        min_numel: Tensors of fewer elements are small.
+        work: What the passes found out and did.
+        seconds: That each pass took, by name.
     """
-    coded = [site for site, representation in plan.items() if not isinstance(representation, Exact)]
-    exact = [site for site, representation in plan.items() if isinstance(representation, Exact)]
-    whose = attribute(plain, chosen, coded, [*exact, *unreadable])
-    sites = [_site_record(site, plan[site], whose.shares[site], min_numel) for site in plan]
-    sites += [_unreadable_record(region, whose.shares[region], min_numel) for region in unreadable]
-    others = tuple(_other_record(leftover, min_numel) for leftover in whose.leftovers)
-    return GraphRecord(compile_id(), plain.saved_bytes(), chosen.saved_bytes(), tuple(sites), others=others)
+    min_numel = work.config.min_numel
+    exact = [site for site in work.plan if site not in work.coded]
+    whose = attribute(work.plain, work.chosen, work.coded, [*exact, *work.unreadable])
+    sites = [_site_record(site, work.sites[site], work.plan[site], whose.shares[site], min_numel) for site in work.plan]
+    sites += [_unreadable_record(region, whose.shares[region], min_numel) for region in work.unreadable]
+    return GraphRecord(
+        compile_id(),
+        work.plain.saved_bytes(),
+        work.chosen.saved_bytes(),
+        tuple(sites),
+        others=tuple(_other_record(leftover, min_numel) for leftover in whose.leftovers),
+        pass_times=tuple(seconds.items()),
+    )
 
 
-def unexamined_record(plain: Partition, note: str) -> GraphRecord:
+def unexamined_record(plain: Partition, note: Reason) -> GraphRecord:
     """The record of a graph that is left as it is, for the reason in the note."""
     size = plain.saved_bytes()
     everything = OtherRecord("", "", (), (), "", size, size)
     return GraphRecord(compile_id(), size, size, (), note, (everything,))
 
 
-def _site_record(site: Site, decision: Decision, share: Share, min_numel: int) -> SiteRecord:
+def _site_record(site: Site, name: str, decision: Decision, share: Share, min_numel: int) -> SiteRecord:
+    reason = decision.reason if isinstance(decision, Exact) else None
+    stored = None if isinstance(decision, Exact) else decision
     return SiteRecord(
         **_whereabouts(site.anchor),
         **_tensor(site.stored, min_numel),
         bytes_before=share.before,
         bytes_after=share.after,
+        name=name,
         function=site.function,
-        action=decision.action,
-        reason=decision.reason if isinstance(decision, Exact) else "",
-        relative_error=0.0 if isinstance(decision, Exact) else decision.relative_error,
-        levels=() if isinstance(decision, Exact) else decision.levels,
+        form=stored.form if stored else "",
+        bits=stored.bits if stored else 0,
+        reason=reason,
+        relative_error=stored.relative_error if stored else 0.0,
+        levels=stored.levels if stored else (),
     )
 
 
@@ -163,8 +177,10 @@ def _unreadable_record(region: Unreadable, share: Share, min_numel: int) -> Site
         **_tensor(region.exit, min_numel),
         bytes_before=share.before,
         bytes_after=share.after,
+        name="",
         function="custom",
-        action=Exact.action,
+        form="",
+        bits=0,
         reason=region.reason,
         relative_error=0.0,
     )

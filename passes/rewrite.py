@@ -11,6 +11,7 @@ as torch.compile would have it, saved tensors included, and so do its kernels' r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, fx
@@ -33,8 +34,13 @@ class SiteError(Exception):
         self.site = site
 
 
-def rewrite(partition: Partition, plan: Mapping[Site, Decision]) -> Partition:
+def rewrite(partition: Partition, plan: Mapping[Site, Decision], names: Mapping[Site, str]) -> Partition:
     """A rewritten copy of the partition, with the representations of the plan.
+
+    Args:
+        partition: What to rewrite.
+        plan: What to do with each site.
+        names: Of the sites; the planes carry them.
 
     Raises:
         SiteError: A site cannot be rewritten. The partition is as it was, and may be rewritten without the site.
@@ -44,7 +50,7 @@ def rewrite(partition: Partition, plan: Mapping[Site, Decision]) -> Partition:
         if isinstance(decision, Exact):
             continue
         try:
-            rewriter.rewrite(decision)
+            rewriter.rewrite(decision, names.get(site, ""))
         except Exception as fault:  # of ours, or of a user's operator in the trace
             raise SiteError(site) from fault
         rewriter.attribute(site)
@@ -65,10 +71,10 @@ class _Rewriter:
         self._shared: dict[object, list[fx.Node]] = {}
         self._traces: dict[object, fx.Graph] = {}
 
-    def rewrite(self, representation: Representation) -> None:
+    def rewrite(self, representation: Representation, name: str) -> None:
         """Save what stands for the site, and let the backward go on from what is decoded."""
         site, decode = representation.site, representation.decode
-        saved = self._saved(representation)
+        saved = self._saved(representation, name)
         replaced = self._backward[site.replaced.name]
         before, like = site.place(replaced)
         own, codes = len(site.coded_inputs), len(site.coded_inputs) + len(saved)
@@ -111,18 +117,20 @@ class _Rewriter:
             self._traces[full_key] = trace(function, inputs)
         return self._traces[full_key]
 
-    def _saved(self, representation: Representation) -> list[fx.Node]:
+    def _saved(self, representation: Representation, name: str) -> list[fx.Node]:
         """The placeholders in the backward of what stands for a site; sites of one value and encode share them."""
         encode = representation.encode
         key = representation.site.stored, encode
         if key not in self._shared:
-            self._shared[key] = self._save(self._in_forward(representation.site.stored), encode, representation.tensors)
+            value = self._in_forward(representation.site.stored)
+            self._shared[key] = self._save(value, encode, representation.tensors, name)
         return self._shared[key]
 
-    def _save(self, value: fx.Node, encode: Encode, count: int) -> list[fx.Node]:
+    def _save(self, value: fx.Node, encode: Encode, count: int, name: str) -> list[fx.Node]:
         """Encode a value of the forward; returns the planes' placeholders in the backward."""
         first = len(self._planes)
-        names = [f"{PREFIX}_{i}" for i in range(first, first + count)]
+        suffix = re.sub(r"\W+", "_", f"_{name}" if name else "")
+        names = [f"{PREFIX}_{i}{suffix}" for i in range(first, first + count)]
         before = after(max([value, *self._symbols]))
         inputs = [value, *self._symbols]
         traced = self._traced(encode, lambda tensor, *_: encode(tensor), inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from fewbit_fx.config import FewBitConfig
 from fewbit_fx.passes.graph import output_values
 from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.passes.pipeline import Work
 from fewbit_fx.passes.record import GraphRecord, SiteRecord
 from fewbit_fx.passes.sites import Site
 from fewbit_fx.torch_private.inductor import partition_only
@@ -39,7 +40,7 @@ class Seen:
 
     @property
     def coded(self) -> list[SiteRecord]:
-        return [s for s in self.record.sites if s.action != "left exact"]
+        return [s for s in self.record.sites if not s.is_exact]
 
 
 def watch(function: Callable[..., Any], *args: Any, config: FewBitConfig = STRICT, dynamic: bool | None = None) -> Seen:
@@ -48,8 +49,8 @@ def watch(function: Callable[..., Any], *args: Any, config: FewBitConfig = STRIC
     records: list[GraphRecord] = []
     seen: list[tuple[list[Site], Partition, Partition]] = []
 
-    def observe(sites: Sequence[Site], plain: Partition, chosen: Partition) -> None:
-        seen.append((list(sites), plain.copy(), chosen))
+    def observe(work: Work) -> None:
+        seen.append((list(work.sites), work.plain.copy(), work.chosen))
 
     partitioner = FewBitPartitioner(config, records.append, observe=observe)
     compiled = torch.compile(

@@ -103,7 +103,7 @@ def test_a_fault_leaves_one_row_for_all(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*args: object) -> None:
         raise RuntimeError("made to fail")
 
-    monkeypatch.setattr("fewbit_fx.passes.partitioner.rewrite", fail)
+    monkeypatch.setattr("fewbit_fx.passes.pipeline.rewrite", fail)
     with pytest.warns(UserWarning, match="made to fail"):
         report = fewbit_fx.explain(mlp(nn.GELU()), torch.randn(128, 32))
     assert report.plain_bytes > 0

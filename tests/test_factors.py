@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fewbit_fx.passes.graph import aten, prims
 from fewbit_fx.passes.sites import DerivativeSite, MaskSite
+from fewbit_fx.reporting.words import action
 
 Activation = Callable[[Tensor], Tensor]
 FROZEN = torch.randn(64, 64) / 8
@@ -57,7 +58,7 @@ def test_the_activation_beside_is_coded_and_its_gradient_the_oracles(name: str) 
     x = torch.randn(64, 64, requires_grad=True)
     seen = watch(lambda x, other: function(F.gelu, x @ FROZEN, other), x, other)
     (gelu,) = seen.happened("gelu")
-    assert gelu.action == "coded in 3 bits"
+    assert action(gelu) == "coded in 3 bits"
     assert seen.record.fewbit_bytes < seen.record.plain_bytes
     assert not seen.record.note
     direction = torch.linspace(0.5, 1, max(1, seen.output.numel())).view(seen.output.shape)
@@ -176,10 +177,10 @@ def test_a_decompositions_own_rounding_does_not_split_a_function() -> None:
     x = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
     frozen = FROZEN.bfloat16()
     seen = watch(lambda x: F.linear(x * torch.erf(F.softplus(x * 2)), frozen), x, config=STRICT)
-    assert [s.action for s in seen.record.sites] == ["coded in 3 bits"]
+    assert [action(s) for s in seen.record.sites] == ["coded in 3 bits"]
 
 
 def test_masks_of_integers_are_packed() -> None:
     seen = watch(lambda x, n: F.linear(torch.where(n > 3, x, 0.0), FROZEN), nn.Parameter(torch.randn(64, 64)), GRAPH)
     assert [type(s) for s in seen.sites] == [MaskSite]
-    assert [s.action for s in seen.coded] == ["exact one-bit mask"]
+    assert [action(s) for s in seen.coded] == ["exact one-bit mask"]

@@ -11,13 +11,14 @@ from helpers import STRICT, check_interface, gradients, mlp, watch
 from torch import Tensor, nn
 
 import fewbit_fx
+from fewbit_fx.reporting.words import action, because
 
 
 def break_the_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise RuntimeError("made to fail")
 
-    monkeypatch.setattr("fewbit_fx.passes.partitioner.rewrite", fail)
+    monkeypatch.setattr("fewbit_fx.passes.pipeline.rewrite", fail)
 
 
 def test_a_fault_warns_once_and_leaves_the_graph_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,10 +47,10 @@ def test_strict_raises_the_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rewrite_that_saves_nothing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewbit_fx.passes.partitioner.rewrite", lambda plain, plan: plain.copy())
+    monkeypatch.setattr("fewbit_fx.passes.pipeline.rewrite", lambda plain, plan, names: plain.copy())
     seen = watch(mlp(nn.GELU()), torch.randn(128, 32))
     assert seen.record.plain_bytes == seen.record.fewbit_bytes
-    assert "came out no smaller" in seen.record.sites[0].reason
+    assert "came out no smaller" in because(seen.record.sites[0].reason)
 
 
 def test_a_site_that_cannot_be_evaluated_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +65,7 @@ def test_a_site_that_cannot_be_evaluated_says_why(monkeypatch: pytest.MonkeyPatc
         seen = watch(mlp(nn.CELU(0.7)), torch.randn(128, 32))
     finally:
         fewbit_fx.passes.representations.derivative_codes.fitted_scheme.cache_clear()
-    assert [s.reason for s in seen.record.sites if s.dtype != "bool"] == [
+    assert [because(s.reason) for s in seen.record.sites if s.dtype != "bool"] == [
         "its derivative cannot be evaluated: no kernel for float64"
     ]
 
@@ -98,7 +99,7 @@ def test_the_cache_key_covers_sources_and_options() -> None:
 
     assert key() == key()
     keys = [key(), key(bits=2), key(min_numel=1), key(max_relative_error=0.1), key(derivatives=False), key(masks=False)]
-    keys += [key(strict=True), key(skip=("head",))]
+    keys += [key(strict=True), key(skip=("head",)), key(disable="gain")]
     assert len(set(keys)) == len(keys) == 1 + len(fewbit_fx.FewBitConfig.option_names())
 
 
@@ -137,9 +138,9 @@ class ByOperator(torch.autograd.Function):
 def test_an_operator_that_raises_leaves_its_own_site_exact(slope: Any) -> None:
     frozen, x = torch.eye(64), torch.randn(64, 64, requires_grad=True)
     seen = watch(lambda x: nn.functional.gelu(nn.functional.linear(ByOperator.apply(x * 2, slope), frozen)) @ frozen, x)
-    actions = {s.function: s.action for s in seen.record.sites}
+    actions = {s.function: action(s) for s in seen.record.sites}
     assert actions == {"gelu": "coded in 3 bits", "custom": "left exact"}
-    (reason,) = (s.reason for s in seen.record.sites if s.function == "custom")
+    (reason,) = (because(s.reason) for s in seen.record.sites if s.function == "custom")
     assert reason.startswith("its derivative cannot be evaluated: ")
 
 
@@ -170,8 +171,8 @@ def test_a_fault_at_one_site_leaves_the_others_coded(monkeypatch: pytest.MonkeyP
     ) as caught:
         seen = watch(two_functions, x, config=fewbit_fx.FewBitConfig(min_numel=0))
     assert len([w for w in caught if "fewbit-fx" in str(w.message)]) == 1
-    assert {s.function: s.action for s in seen.record.sites} == {"gelu": "coded in 3 bits", "tanh": "left exact"}
-    assert "made to fail" in seen.happened("tanh")[0].reason
+    assert {s.function: action(s) for s in seen.record.sites} == {"gelu": "coded in 3 bits", "tanh": "left exact"}
+    assert "made to fail" in because(seen.happened("tanh")[0].reason)
     check_interface(seen.chosen)
 
 

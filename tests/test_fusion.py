@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.reporting.words import action
 
 pytest.importorskip("triton", reason="Triton, which generates a GPU's kernels, is not installed")
 if not hasattr(torch._inductor.config, "loop_reindexing_after_fusion"):
@@ -50,7 +51,7 @@ def test_gelu_between_linear_layers(dtype: torch.dtype, bits: int) -> None:
     In float32, where x is not saved, Inductor takes the bias from the matrix product into that kernel.
     """
     plain, fewbit = both(mlp(F.gelu), (2048, 256), dtype, bits)
-    assert [s.action for s in fewbit.record.sites] == [f"coded in {bits} bit{'s' if bits > 1 else ''}"]
+    assert [action(s) for s in fewbit.record.sites] == [f"coded in {bits} bit{'s' if bits > 1 else ''}"]
     assert fewbit.counts == plain.counts
     ((before,), (after,)) = plain.forward, fewbit.forward
     assert (before.loads, before.stores) == (1, 1)
@@ -76,7 +77,7 @@ SURROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_surroundings(name: str, frozen: bool) -> None:
     plain, fewbit = both(mlp(SURROUNDINGS[name], frozen), (2048, 256), torch.bfloat16)
-    assert all(s.action != "left exact" for s in fewbit.record.sites)
+    assert all(not s.is_exact for s in fewbit.record.sites)
     assert fewbit.counts == plain.counts
 
 
@@ -90,7 +91,7 @@ def test_a_transformer_block(dtype: torch.dtype, dropout: float, lora: bool) -> 
         for name, parameter in block.named_parameters():
             parameter.requires_grad_(name.startswith(("qkv", "out")))
     plain, fewbit = both(block, (8, 256, 256), dtype)
-    assert [s.action for s in fewbit.record.sites if s.function == "gelu"] == ["coded in 3 bits"]
+    assert [action(s) for s in fewbit.record.sites if s.function == "gelu"] == ["coded in 3 bits"]
     assert fewbit.record.fewbit_bytes < 0.9 * fewbit.record.plain_bytes
     assert fewbit.counts == plain.counts
 
@@ -108,7 +109,7 @@ def test_no_kernel_spills_on_sm90(dtype: torch.dtype, activation: Callable[[Tens
     is not finite beside them.
     """
     generated = generate(mlp(activation), (2048, 256), dtype, FewBitConfig(bits=bits, strict=True))
-    assert all(site.action != "left exact" for site in generated.record.sites)
+    assert all(not site.is_exact for site in generated.record.sites)
     for kernel in (*generated.forward, *generated.backward):
         *smaller, largest = compile_for_sm90(kernel)
         assert all(r.spilled <= PASSED_OVER for r in smaller or [largest]), kernel.name

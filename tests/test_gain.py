@@ -8,23 +8,24 @@ from helpers import Seen, mlp, watch
 from torch import Tensor, nn
 
 from fewbit_fx.passes.gain import NEEDED, NOT_SAVED, NOT_SMALLER, RETURNED, Gain
+from fewbit_fx.passes.reasons import Reason
 
 
-def reasons(seen: Seen, cost: int = 1) -> list[str]:
-    """Of each site by name, if a code takes so many bytes; "" where it buys memory."""
+def reasons(seen: Seen, cost: int = 1) -> list[Reason | None]:
+    """Of each site by name, if a code takes so many bytes; None where it buys memory."""
     useless = Gain(seen.plain).useless(dict.fromkeys(seen.sites, cost))
-    return [useless.get(site, "") for site in seen.sites]
+    return [useless.get(site) for site in seen.sites]
 
 
 def test_a_code_of_what_only_the_derivative_reads_buys_memory() -> None:
     seen = watch(mlp(nn.GELU(), frozen=True), torch.randn(64, 32))
-    assert reasons(seen) == [""]
+    assert reasons(seen) == [None]
 
 
 def test_a_code_as_large_as_the_tensor_buys_nothing() -> None:
     seen = watch(mlp(nn.GELU(), frozen=True), torch.randn(64, 32))
     size = 64 * 64 * 4
-    assert reasons(seen, size - 1) == [""]
+    assert reasons(seen, size - 1) == [None]
     assert reasons(seen, size) == [NOT_SMALLER]
 
 
@@ -82,5 +83,5 @@ def test_two_codes_share_what_they_free() -> None:
 
     seen = watch(Twice(), torch.randn(64, 32))
     half = 64 * 64 * 4 // 2
-    assert reasons(seen, half - 1) == ["", ""]
+    assert reasons(seen, half - 1) == [None, None]
     assert set(reasons(seen, half)) == {NOT_SMALLER}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewbit_fx.passes.representations.derivative_codes import LOSS, PERHAPS_LOSS
 from fewbit_fx.passes.sites import DerivativeSite, Origin
+from fewbit_fx.reporting.words import action
 
 MASK = torch.rand(64, 64) > 0.3
 WEIGHT = torch.rand(64, 1)
@@ -72,7 +73,7 @@ def test_a_loss_reduced_outside_of_the_graph_is_left_exact(name: str) -> None:
 def test_an_activation_at_the_end_of_a_graph_is_coded(function: Callable[[Tensor], Tensor]) -> None:
     """Unless its output, which the graph returns, determines its derivative."""
     seen = watch(lambda x: function(x @ MATRIX) * 1.5, torch.randn(64, 64, requires_grad=True))
-    assert [s.action for s in seen.record.sites] == ["coded in 3 bits"]
+    assert [action(s) for s in seen.record.sites] == ["coded in 3 bits"]
 
 
 def test_an_activation_before_a_mean_pool_and_a_layer_is_no_loss() -> None:
@@ -80,7 +81,7 @@ def test_an_activation_before_a_mean_pool_and_a_layer_is_no_loss() -> None:
     (site,) = seen.sites
     assert isinstance(site, DerivativeSite)
     assert site.origin is Origin.LAYER
-    assert [s.action for s in seen.coded] == ["coded in 3 bits"]
+    assert [action(s) for s in seen.coded] == ["coded in 3 bits"]
 
 
 def test_an_activation_under_a_loss_and_a_layer_is_coded() -> None:
@@ -90,6 +91,6 @@ def test_an_activation_under_a_loss_and_a_layer_is_coded() -> None:
         y = F.gelu(x @ MATRIX)
         return (y @ MATRIX).mean() + 0.1 * y.sum()
 
-    assert [s.action for s in watch(run, torch.randn(64, 64, requires_grad=True), config=STRICT).coded] == [
+    assert [action(s) for s in watch(run, torch.randn(64, 64, requires_grad=True), config=STRICT).coded] == [
         "coded in 3 bits"
     ]

@@ -20,7 +20,7 @@ assert "fewbit" in torch._dynamo.list_backends()
 compiled = torch.compile(model, backend="fewbit", options={{"strict": True}})
 compiled(torch.randn(128, 32)).sum().backward()
 import fewbit_fx
-print(fewbit_fx.__file__, [s.action for s in fewbit_fx.last_report().sites])
+print(fewbit_fx.__file__, [fewbit_fx.reporting.words.action(s) for s in fewbit_fx.last_report().sites])
 """
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import gradients, mlp, watch
+from helpers import STRICT, gradients, mlp, watch
 from torch import Tensor, nn
 
 import fewbit_fx
@@ -16,6 +16,7 @@ from fewbit_fx import FewBitConfig
 from fewbit_fx.passes.graph import value_of
 from fewbit_fx.passes.representations import Decision, Decode, Encode, Representation
 from fewbit_fx.passes.sites import DerivativeSite, Site
+from fewbit_fx.reporting.words import action, because
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class HalfPrecision(Representation):
     """x in float16, from which the exact derivative is computed in the backward."""
 
     site: DerivativeSite
-    action = "kept in float16"
+    form = "float16"
+    bits = 16
     tensors = 1
 
     @property
@@ -86,9 +88,9 @@ def test_a_representation_from_outside_runs_end_to_end() -> None:
     backend = fewbit_fx.backend(proposals=[half_precision], strict=True)
     output = torch.compile(model, backend=backend)(x)
     (site,) = backend.last_report().sites
-    assert (site.function, site.action) == ("gelu", "kept in float16")
+    assert (site.function, action(site)) == ("gelu", "stored as float16 in 16 bits")
     assert (site.bytes_before, site.bytes_after) == (256 * 64 * 4, 256 * 64 * 2)
-    assert "kept in float16" in str(backend.last_report())
+    assert "stored as float16 in 16 bits" in str(backend.last_report())
     torch.testing.assert_close(output, model(x))
     oracle = nn.Sequential(model[0], RoundedGELU(), model[2])
     for found, expected in zip(
@@ -128,14 +130,14 @@ def test_sites_of_skipped_modules_are_left_exact(skip: object) -> None:
     config = FewBitConfig(min_numel=0, strict=True).updated({"skip": skip})
     seen = watch(model.requires_grad_(False), torch.randn(64, 32, requires_grad=True), config=config)
     (gelu,) = seen.happened("gelu")
-    assert (gelu.action, gelu.module) == ("left exact", "1")
-    assert gelu.reason.startswith("the option skip has ")
+    assert (action(gelu), gelu.module) == ("left exact", "1")
+    assert because(gelu.reason).startswith("the option skip has ")
 
 
 def test_skip_names_the_modules_alone() -> None:
     model = mlp(nn.GELU(), frozen=True)
     seen = watch(model, torch.randn(64, 32), config=FewBitConfig(min_numel=0, skip=("2",)))
-    assert [s.action for s in seen.happened("gelu")] == ["coded in 3 bits"]
+    assert [action(s) for s in seen.happened("gelu")] == ["coded in 3 bits"]
 
 
 @pytest.mark.parametrize("skip", [3, ("a", 3), {"a": 1}])
@@ -146,7 +148,7 @@ def test_skip_is_checked(skip: object) -> None:
 
 def test_each_decision_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="fewbit_fx"):
-        watch(mlp(nn.GELU(), frozen=True), torch.randn(64, 32))
+        fewbit_fx.explain(mlp(nn.GELU(), frozen=True), torch.randn(64, 32), fewbit_config=STRICT)
     lines = [record.getMessage() for record in caplog.records]
     assert any("1 gelu: coded in 3 bits" in line for line in lines)
     assert any("bytes saved instead of" in line for line in lines)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from fewbit_fx import FewBitConfig
 from fewbit_fx.passes import rewrite as rewriting
 from fewbit_fx.passes.gain import NEEDED, NOT_SAVED
+from fewbit_fx.passes.plan import RECOMPUTED
 from fewbit_fx.passes.representations.derivative_codes import PRODUCT
 from fewbit_fx.passes.splice import trace
+from fewbit_fx.reporting.words import action, because
 
 PLAIN = FewBitConfig(derivatives=False, masks=False, min_numel=0, strict=True)
 
@@ -21,7 +23,7 @@ PLAIN = FewBitConfig(derivatives=False, masks=False, min_numel=0, strict=True)
 def test_a_frozen_mlp_saves_codes_in_place_of_x(bits: int) -> None:
     seen = watch(mlp(nn.GELU(), frozen=True), torch.randn(256, 32), config=FewBitConfig(bits=bits, strict=True))
     (site,) = seen.record.sites
-    assert site.action == f"coded in {bits} bit{'s' if bits > 1 else ''}"
+    assert action(site) == f"coded in {bits} bit{'s' if bits > 1 else ''}"
     assert (site.bytes_before, site.bytes_after) == (256 * 64 * 4, 256 * 64 * bits // 8)
     assert seen.record.plain_bytes - seen.record.fewbit_bytes == site.bytes_before - site.bytes_after
     assert saved_dtypes(seen.chosen).count(torch.int32) == bits
@@ -43,7 +45,7 @@ def test_only_the_encode_is_added_to_the_forward_and_the_derivative_leaves_the_b
 
 def test_an_mlp_in_full_training_keeps_y_and_codes_x() -> None:
     seen = watch(mlp(nn.GELU()), torch.randn(256, 32))
-    assert [s.action for s in seen.record.sites] == ["coded in 3 bits"]
+    assert [action(s) for s in seen.record.sites] == ["coded in 3 bits"]
     assert saved_dtypes(seen.plain).count(torch.float32) - saved_dtypes(seen.chosen).count(torch.float32) == 1
 
 
@@ -105,7 +107,7 @@ def test_two_readers_of_one_x_share_planes() -> None:
             return self.one(F.gelu(h)) + self.two(F.gelu(h)).square()
 
     seen = watch(Twice(), torch.randn(128, 32))
-    assert all(s.action == "coded in 3 bits" for s in seen.happened("gelu"))
+    assert all(action(s) == "coded in 3 bits" for s in seen.happened("gelu"))
     assert saved_dtypes(seen.chosen).count(torch.int32) == 3
     check_interface(seen.chosen)
 
@@ -136,19 +138,23 @@ def test_an_x_that_is_needed_anyway_stays_exact() -> None:
 def test_gates_stay_exact_and_say_why() -> None:
     seen = watch(lambda a, b: F.silu(a) * b, *(torch.randn(64, 64, requires_grad=True) for _ in range(2)))
     assert unchanged(seen)
-    assert {s.reason for s in seen.record.sites} <= {NEEDED, PRODUCT, "its derivative grows without bound"}
+    assert {because(s.reason) for s in seen.record.sites} <= {
+        because(NEEDED),
+        because(PRODUCT),
+        "its derivative grows without bound",
+    }
 
 
 def test_unbounded_derivatives_stay_exact_and_say_why() -> None:
     seen = watch(lambda x: F.relu(x) ** 2, torch.randn(64, 64, requires_grad=True))
     assert unchanged(seen)
-    assert [s.reason for s in seen.happened("squared relu")] == ["its derivative grows without bound"]
+    assert [because(s.reason) for s in seen.happened("squared relu")] == ["its derivative grows without bound"]
 
 
 def test_small_tensors_stay_exact_and_say_why() -> None:
     seen = watch(mlp(nn.GELU()), torch.randn(63, 32), config=FewBitConfig(strict=True))
     assert unchanged(seen)
-    assert [s.reason for s in seen.record.sites] == ["it has 4,032 elements, fewer than min_numel = 4,096"]
+    assert [because(s.reason) for s in seen.record.sites] == ["it has 4,032 elements, fewer than min_numel = 4,096"]
     assert watch(mlp(nn.GELU()), torch.randn(64, 32), config=FewBitConfig(strict=True)).coded
 
 
@@ -157,7 +163,7 @@ def test_switched_off_passes_say_so() -> None:
     off = FewBitConfig(strict=True, min_numel=0, derivatives=False, masks=False)
     seen = watch(model, torch.randn(64, 32), config=off)
     assert unchanged(seen)
-    assert {s.reason for s in seen.record.sites} == {
+    assert {because(s.reason) for s in seen.record.sites} == {
         "derivatives are switched off (derivatives=False)",
         "masks are switched off (masks=False)",
     }
@@ -172,7 +178,7 @@ def test_too_large_an_error_stays_exact_and_says_so() -> None:
         config=FewBitConfig(bits=1, strict=True, min_numel=0, max_relative_error=0.1),
     )
     assert unchanged(seen)
-    assert "above max_relative_error = 10%" in seen.record.sites[0].reason
+    assert "above max_relative_error = 10%" in because(seen.record.sites[0].reason)
 
 
 def test_checkpointed_regions_stay_recomputed() -> None:
@@ -181,14 +187,14 @@ def test_checkpointed_regions_stay_recomputed() -> None:
     model = mlp(nn.GELU())
     seen = watch(lambda x: checkpoint(model, x, use_reentrant=False), torch.randn(64, 32, requires_grad=True))
     assert unchanged(seen)
-    assert [s.reason for s in seen.happened("gelu")] == ["activation checkpointing computes it again in the backward"]
+    assert [s.reason for s in seen.happened("gelu")] == [RECOMPUTED]
 
 
 def test_batch_norm_before_relu_saves_nothing_more() -> None:
     """The input of the next convolution is saved anyway, and the mask follows from it; the last has no next."""
     model, x = model_zoo()["resnet"]
-    last, *others = sorted(watch(model, x).happened("relu"), key=lambda s: s.reason)
-    assert last.action == "exact one-bit mask"
+    last, *others = sorted(watch(model, x).happened("relu"), key=lambda s: because(s.reason))
+    assert action(last) == "exact one-bit mask"
     assert {s.reason for s in others} <= {NEEDED, NOT_SAVED}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fewbit_fx
 from fewbit_fx.passes.plan import EMPTY, SIZE_FROM_DATA, SIZE_NOT_IN_BACKWARD
+from fewbit_fx.reporting.words import action
 
 WEIGHT = torch.randn(64, 64) / 8
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,7 +45,7 @@ def test_a_size_from_data_is_exact_and_the_rest_is_coded(name: str, selection: s
 
     x, keep = torch.randn(200, 64, requires_grad=True), torch.rand(200) > 0.5
     seen = watch(run, x, keep)
-    assert [s.action for s in seen.coded if s.dtype != "bool"] == ["coded in 3 bits"]
+    assert [action(s) for s in seen.coded if s.dtype != "bool"] == ["coded in 3 bits"]
     assert SIZE_FROM_DATA in {s.reason for s in seen.record.sites}
     assert seen.record.fewbit_bytes < seen.record.plain_bytes
     assert seen.output.shape == (int(keep.sum()), 64)
@@ -99,5 +100,5 @@ def test_jagged_tensors(name: str) -> None:
     report = fewbit_fx.explain(JAGGED[name], x, fewbit_config=STRICT)
     assert all(not graph.note for graph in report.graphs)
     assert report.fewbit_bytes <= report.plain_bytes
-    reasons = {s.reason for s in report.sites if s.action == "left exact"}
+    reasons = {s.reason for s in report.sites if s.is_exact}
     assert reasons <= {SIZE_FROM_DATA, SIZE_NOT_IN_BACKWARD} or name in ("relu", "gelu")

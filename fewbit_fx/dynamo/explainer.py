@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.dynamo.listener import Listener
 from fewbit_fx.passes.partitioner import FewBitPartitioner
-from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.reporting.report import Report
 from fewbit_fx.torch_private.frames import with_own_code_object
 from fewbit_fx.torch_private.inductor import partition_only
@@ -33,11 +33,12 @@ def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig |
     Returns:
         The report; it prints as a table and has ``to_dict()``.
     """
-    records: list[GraphRecord] = []
+    listener = Listener()
     config = fewbit_config or FewBitConfig()
 
     def partition(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        partitioner = FewBitPartitioner(config, records.append, kept_by_their_makers(gm, example_inputs))
+        kept = kept_by_their_makers(gm, example_inputs)
+        partitioner = FewBitPartitioner(config, listener.record, kept, observe=listener.observe)
         return partition_only(gm, example_inputs, partitioner)
 
     original = getattr(model, "_orig_mod", model)
@@ -48,7 +49,7 @@ def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig |
             return original(*args, **kwargs)
 
         torch.compile(with_own_code_object(explained), backend=partition)(*args, **kwargs)
-    return Report(tuple(records))
+    return Report(tuple(listener.records))
 
 
 @contextlib.contextmanager

@@ -10,9 +10,11 @@ from torch import fx
 
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.dynamo.history import History, graph_identity
+from fewbit_fx.dynamo.listener import Listener
 from fewbit_fx.dynamo.record_cache import RecordFile
 from fewbit_fx.passes.partitioner import FewBitPartitioner
-from fewbit_fx.passes.record import GraphRecord
+from fewbit_fx.passes.pipeline import require_pass_names
+from fewbit_fx.passes.record import SiteRecord
 from fewbit_fx.passes.representations import Proposal
 from fewbit_fx.reporting.report import Report
 from fewbit_fx.torch_private.dynamo import compile_id, compiled_callable
@@ -31,6 +33,7 @@ class FewBitBackend:
     def __init__(
         self, config: FewBitConfig, mode: str | None, options: Mapping[str, Any], proposals: Sequence[Proposal] = ()
     ) -> None:
+        require_pass_names(config.disable)
         self.config = config
         self._proposals = tuple(proposals)
         self._mode = mode
@@ -59,22 +62,26 @@ class FewBitBackend:
         options = dict(options or {})
         mode = options.pop("mode", mode)  # torch.compile takes either a mode or options
         config, inductor = split_options(options, self.config)
-        records: list[GraphRecord] = []
+        listener = Listener()
         kept = kept_by_their_makers(gm, example_inputs)
-        partitioner = FewBitPartitioner(config, records.append, kept, self._proposals)
+        partitioner = FewBitPartitioner(config, listener.record, kept, self._proposals, listener.observe)
         file = RecordFile(gm, example_inputs, partitioner.uuid())
         options = {**self._options, **inductor}
         compiled = compile_with_inductor(gm, example_inputs, partitioner, mode or self._mode, options)
-        if records:
-            file.write(records)
+        if listener.records:
+            file.write(listener.records)
         identity = graph_identity(gm, example_inputs, compile_id())
         for history in (self._history, _all_backends):
-            history.add(compiled_callable(), identity, records or file.read(compile_id()))
+            history.add(compiled_callable(), identity, listener.records or file.read(compile_id()))
         return compiled
 
     def last_report(self) -> Report:
         """As :func:`fewbit_fx.last_report`, of what this backend compiled."""
         return self._history.report()
+
+    def all_sites(self) -> tuple[SiteRecord, ...]:
+        """The sites of all models that this backend compiled and that live still."""
+        return self._history.sites()
 
 
 _all_backends = History()

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fewbit_fx.function_cache import is_weakly_referable, owner_of
-from fewbit_fx.passes.record import GraphRecord
+from fewbit_fx.passes.record import GraphRecord, SiteRecord
 from fewbit_fx.reporting.report import ModelTotals, Report
 
 
@@ -47,6 +47,10 @@ class History:
         others = [m for m in self._models if m is not model]
         self._gone.update(m.totals() for m in others if m.is_gone())
         self._models = [*(m for m in others if not m.is_gone()), model]
+
+    def sites(self) -> tuple[SiteRecord, ...]:
+        """The sites of all models, in the order in which they were compiled."""
+        return tuple(site for model in self._models for graph in model.graphs() for site in graph.sites)
 
     def report(self) -> Report:
         """A report of the model compiled last, with the totals of the others."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fewbit_fx.passes.reasons import Cause, Reason
 from fewbit_fx.passes.record import GraphRecord, OtherRecord, SiteRecord
 from fewbit_fx.torch_private.inductor import cache_folder, partition_settings
 
@@ -59,11 +60,25 @@ def _describe(value: Any) -> str:
 
 
 def _record(data: dict[str, Any], compile_id: str) -> GraphRecord:
-    sites = tuple(SiteRecord(**_with_tuples(site)) for site in data["sites"])
-    others = tuple(OtherRecord(**_with_tuples(other)) for other in data["others"])
-    return GraphRecord(**{**data, "sites": sites, "others": others, "compile_id": compile_id})
+    own = {
+        "compile_id": compile_id,
+        "sites": tuple(
+            SiteRecord(**{**_with_tuples(site), "reason": _reason(site["reason"])}) for site in data["sites"]
+        ),
+        "others": tuple(OtherRecord(**_with_tuples(other)) for other in data["others"]),
+        "note": _reason(data["note"]),
+    }
+    return GraphRecord(**{**_with_tuples(data), **own})
+
+
+def _reason(data: dict[str, Any] | None) -> Reason | None:
+    return Reason.of(Cause(data["cause"]), **dict(data["details"])) if data else None
 
 
 def _with_tuples(data: dict[str, Any]) -> dict[str, Any]:
     """JSON knows lists only."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return {key: _as_tuples(value) for key, value in data.items()}
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

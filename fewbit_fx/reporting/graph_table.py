@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from fewbit_fx.passes.record import GraphRecord, OtherRecord, SiteRecord
 from fewbit_fx.reporting.text_table import text_table
+from fewbit_fx.reporting.words import action, because
 
 _COLUMNS = ("where", "count", "function", "shape", "dtype", "what happened", "bytes before", "after", "rel. error")
 _RIGHT_ALIGNED = {"count", "bytes before", "after", "rel. error"}
@@ -69,7 +70,7 @@ class _Row:
 
 def graph_lines(graph: GraphRecord) -> list[str]:
     """The lines of one graph: its sites by kind, codes by place too, then all else that is saved by what reads it."""
-    lines = [f"graph {graph.compile_id}" + (f": {graph.note}" if graph.note else "")]
+    lines = [f"graph {graph.compile_id}" + (f": left exact, because {because(graph.note)}" if graph.note else "")]
     if not graph.sites and not graph.note:
         lines.append("  no pointwise nonlinearity and no mask found")
     rows = [_site_row(group) for group in _grouped(graph.sites, _site_kind)]
@@ -93,14 +94,14 @@ def _site_kind(site: SiteRecord) -> Hashable:
     if site.reason and site.small:
         return ()
     place = () if site.reason else (_pattern(site.module), site.source_line)
-    return *place, site.function, site.dtype, site.action, site.reason, site.relative_error
+    return *place, site.function, site.dtype, action(site), site.reason, site.relative_error
 
 
 def _site_row(sites: Sequence[SiteRecord]) -> _Row:
-    first, reasons = sites[0], {site.reason for site in sites}
-    reason = first.reason if len(reasons) == 1 else _SMALL
+    first, reasons = sites[0], {because(site.reason) for site in sites}
+    reason = reasons.pop() if len(reasons) == 1 else _SMALL
     return _Row(
-        sites, _one_or_many((s.function for s in sites), "functions"), first.action, reason, first.relative_error
+        sites, _one_or_many((s.function for s in sites), "functions"), action(first), reason, first.relative_error
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fewbit_fx.passes.record import GraphRecord, OtherRecord, SiteRecord
 from fewbit_fx.reporting.graph_table import graph_lines
+from fewbit_fx.reporting.words import action, because
 
 _RELATIVE_ERROR = (
     "rel. error: root mean square of (nearest level - f'(x)) over that of f'(x); a prediction for typical x,\n"
@@ -74,7 +75,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The whole report as plain dictionaries, lists, numbers and text (JSON-ready)."""
         totals = {"plain_bytes": self.plain_bytes, "fewbit_bytes": self.fewbit_bytes, "saving": self.saving}
-        return {**totals, **dataclasses.asdict(self)}
+        graphs = [_graph_dict(graph) for graph in self.graphs]
+        return {**totals, **dataclasses.asdict(self), "graphs": graphs}
 
     def __str__(self) -> str:
         if not self.graphs:
@@ -85,6 +87,25 @@ class Report:
         before = [f"compiled before: {_model(m)} {_totals(m.plain_bytes, m.fewbit_bytes)}" for m in self.other_models]
         meaning = [_RELATIVE_ERROR] if any(site.relative_error for site in self.sites) else []
         return "\n\n".join([*head, *graphs, "\n".join([*meaning, totals, *before])])
+
+
+def _graph_dict(graph: GraphRecord) -> dict[str, Any]:
+    """A graph's data. ``reason`` and ``note`` are sentences, and ``cause`` is what a program should compare."""
+    sites = [
+        {
+            **dataclasses.asdict(site),
+            "action": action(site),
+            "reason": because(site.reason),
+            "cause": site.reason.cause.value if site.reason else "",
+        }
+        for site in graph.sites
+    ]
+    return {
+        **dataclasses.asdict(graph),
+        "sites": sites,
+        "note": because(graph.note),
+        "pass_times": dict(graph.pass_times),
+    }
 
 
 def _saving(plain_bytes: int, fewbit_bytes: int) -> float:

@@ -19,15 +19,12 @@ from fewbit_fx.config import FewBitConfig
 
 from ..derivative import Derivative, NotEvaluableError
 from ..graph import value_of
+from ..reasons import Cause, Reason
 from ..sites import DerivativeSite, Origin, Site
 from .representation import Decision, Decode, Encode, Exact, Representation
 
-SWITCHED_OFF = "derivatives are switched off (derivatives=False)"
-PRODUCT = "it is a product with a tensor, whose own values the backward needs"
-LOSS = "it is the derivative of a loss, whose arguments go to where no level is near it"
-PERHAPS_LOSS = (
-    "its derivative vanishes as x goes to 0, and what its gradient comes from lies outside of the graph: perhaps a loss"
-)
+SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="derivatives")
+PRODUCT, LOSS, PERHAPS_LOSS = Reason(Cause.PRODUCT), Reason(Cause.LOSS), Reason(Cause.PERHAPS_LOSS)
 _NEAR_ZERO = np.array([-1e-8, 1e-8])
 _NEARLY_NOTHING = 1e-3  # share of the largest level, less than the codes of any bits can tell from 0
 
@@ -68,22 +65,22 @@ class DerivativeCodes(Representation):
 
     site: DerivativeSite
     coding: CodingScheme
+    form = "codes"
 
     @property
-    def action(self) -> str:
-        """``coded in b bits``."""
-        bits = self.coding.codebook.bits
-        return f"coded in {bits} bit{'s' if bits > 1 else ''}"
+    def bits(self) -> int:
+        """The codebook's."""
+        return self.coding.codebook.bits
 
     @property
     def nbytes(self) -> int:
         """Bytes of all the planes."""
-        return self.coding.codebook.bits * self._layout.nbytes(self._x)
+        return self.bits * self._layout.nbytes(self._x)
 
     @property
     def tensors(self) -> int:
         """How many planes there are."""
-        return self.coding.codebook.bits * self._layout.parts(self._x)
+        return self.bits * self._layout.parts(self._x)
 
     @property
     def encode(self) -> EncodeDerivative:
@@ -128,10 +125,8 @@ def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | Non
         return coding
     error = coding.codebook.relative_error
     if not error <= config.max_relative_error:
-        return Exact(
-            f"{config.bits} bits would leave a relative error of {error:.0%}, "
-            f"above max_relative_error = {config.max_relative_error:.0%}"
-        )
+        limit = config.max_relative_error
+        return Exact(Reason.of(Cause.ERROR_TOO_LARGE, bits=config.bits, relative_error=error, max_relative_error=limit))
     if error > 0 and site.origin is Origin.BROADCAST:
         return Exact(LOSS)
     if site.origin is Origin.OUTSIDE and _vanishes_at_zero(coding, site.derivative):
@@ -144,10 +139,10 @@ def fitted_scheme(derivative: Derivative, bits: int) -> CodingScheme | Exact:
     """The coding of a derivative, or why there is none; fitted once per derivative and process."""
     try:
         return fit_scheme(derivative.evaluated, bits)
-    except NotCodableError as reason:
-        return Exact(PRODUCT if is_affine(derivative.evaluated) else str(reason))
-    except NotEvaluableError as reason:
-        return Exact(str(reason))
+    except NotCodableError as error:
+        return Exact(PRODUCT if is_affine(derivative.evaluated) else Reason.of(Cause.NOT_CODABLE, problem=str(error)))
+    except NotEvaluableError as error:
+        return Exact(error.reason)
 
 
 def _vanishes_at_zero(coding: CodingScheme, derivative: Derivative) -> bool:

@@ -12,11 +12,12 @@ from fewbit_fx.codec.encode_decode import encode
 from fewbit_fx.config import FewBitConfig
 
 from ..graph import value_of
+from ..reasons import Cause, Reason
 from ..sites import MaskSite, Site
 from ..splice import description
 from .representation import Decision, Decode, Encode, Exact, Representation
 
-SWITCHED_OFF = "masks are switched off (masks=False)"
+SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="masks")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class PackedMask(Representation):
     """One exact bit per element of a boolean tensor."""
 
     site: MaskSite
-    action = "exact one-bit mask"
+    form = "mask"
+    bits = 1
 
     @property
     def nbytes(self) -> int:

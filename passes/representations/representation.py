@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewbit_fx.config import FewBitConfig
 
+from ..reasons import Reason
 from ..sites import Site
 
 
@@ -47,14 +48,16 @@ class Representation(ABC):
 
     Attributes:
         site: The site.
+        form: One word for the kind of representation, such as ``codes``.
     """
 
     site: Site
+    form: str
 
     @property
     @abstractmethod
-    def action(self) -> str:
-        """What a report says happened, such as ``coded in 3 bits``."""
+    def bits(self) -> int:
+        """Bits stored per element."""
 
     @property
     @abstractmethod
@@ -89,10 +92,9 @@ class Representation(ABC):
 
 @dataclass(frozen=True)
 class Exact:
-    """A site left as it is; the reason completes the sentence "left exact, because ..."."""
+    """A site left as it is, and why."""
 
-    reason: str
-    action = "left exact"
+    reason: Reason
 
 
 Decision = Representation | Exact

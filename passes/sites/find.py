@@ -140,8 +140,8 @@ def _find_regions(graph: fx.Graph, backward: set[fx.Node]) -> tuple[dict[_Region
         covered |= region.nodes
         try:
             regions[region] = region.derivative()
-        except NotEvaluableError as reason:
-            unreadable.append(Unreadable(exit_node, str(reason), region.factors))
+        except NotEvaluableError as error:
+            unreadable.append(Unreadable(exit_node, error.reason, region.factors))
     return regions, unreadable
 
 

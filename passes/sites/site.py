@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from ..reasons import Reason
+
 
 class Site(ABC):
     """A place at which the backward can read something else than what torch.compile saves for it.
@@ -72,5 +74,5 @@ class Unreadable:
     """
 
     exit: fx.Node
-    reason: str
+    reason: Reason
     exact_inputs: tuple[fx.Node, ...] = ()

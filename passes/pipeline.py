@@ -1,0 +1,175 @@
+"""The passes in their order. Each takes what is known of a graph and returns what is known after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import fx
+
+from fewbit_fx.config import FewBitConfig
+from fewbit_fx.torch_private.tracing import timed
+
+from .gain import Gain
+from .partition import Partition
+from .plan import choose
+from .reasons import Cause, Reason
+from .representations import Decision, Exact, Proposal
+from .rewrite import SiteError, rewrite
+from .site_names import site_names
+from .sites import Site, Unreadable, find_sites
+
+NOT_SMALLER = Reason(Cause.GRAPHS_NOT_SMALLER)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is known of one graph.
+
+    Attributes:
+        joint: The joint graph as the cut left it: without duplicates, with the names that the cut's graphs have.
+        plain: torch.compile's own partition.
+        chosen: The partition to use: the plain one, or a rewritten copy.
+        config: The options.
+        proposals: Representations beside our own, asked first.
+        sites: The sites with their names, in the order of the graph.
+        unreadable: Regions whose derivative could not be read off the graph.
+        plan: What to do with each site, in the order of the graph.
+        faults: Of our own, each of which cost one site.
+    """
+
+    joint: fx.Graph
+    plain: Partition
+    chosen: Partition
+    config: FewBitConfig
+    proposals: Sequence[Proposal] = ()
+    sites: Mapping[Site, str] = field(default_factory=dict)
+    unreadable: Sequence[Unreadable] = ()
+    plan: Mapping[Site, Decision] = field(default_factory=dict)
+    faults: Sequence[BaseException] = ()
+
+    @property
+    def coded(self) -> dict[Site, int]:
+        """The sites that the plan stores otherwise, with the bytes that this takes."""
+        return {site: decision.nbytes for site, decision in self.plan.items() if not isinstance(decision, Exact)}
+
+    def with_exact(self, reasons: Mapping[Site, Reason]) -> Work:
+        """The same with some sites left exact."""
+        plan = {site: Exact(reasons[site]) if site in reasons else done for site, done in self.plan.items()}
+        return replace(self, plan=plan)
+
+    def all_exact(self, reason: Reason) -> Work:
+        """torch.compile's own partition, with a reason for the sites that have none yet."""
+        return replace(self.with_exact(dict.fromkeys(self.coded, reason)), chosen=self.plain)
+
+
+def find(work: Work) -> Work:
+    """Find the sites."""
+    sites, unreadable = find_sites(work.joint, work.plain.computed_in_backward())
+    return replace(work, sites=site_names(sites), unreadable=unreadable)
+
+
+def represent(work: Work) -> Work:
+    """Choose a representation for each site by itself."""
+    symbols = work.plain.symbols_in_backward()
+    plan = {site: choose(site, work.config, symbols, work.proposals, name) for site, name in work.sites.items()}
+    return replace(work, plan=plan)
+
+
+def drop_useless(work: Work) -> Work:
+    """Leave exact what would free no saved tensor."""
+    return work.with_exact(Gain(work.plain).useless(work.coded))
+
+
+def drop_unread(work: Work) -> Work:
+    """In place of :func:`drop_useless`: leave exact what the backward has not all the nodes of."""
+    gain = Gain(work.plain)
+    unread = [site for site in work.coded if not gain.is_read(site)]
+    return work.with_exact(dict.fromkeys(unread, Reason(Cause.NOT_SAVED)))
+
+
+def put_in(work: Work) -> Work:
+    """Rewrite a copy of the partition; a site at which that fails is left exact.
+
+    Raises:
+        Exception: With the option ``strict``, whatever a site failed with.
+    """
+    while work.coded:
+        try:
+            return replace(work, chosen=rewrite(work.plain, work.plan, work.sites))
+        except SiteError as error:
+            fault = error.__cause__ or error
+            if work.config.strict:
+                raise fault from None
+            reason = Reason.of(Cause.FAULT, fault=repr(fault))
+            work = replace(work, faults=(*work.faults, fault)).with_exact({error.site: reason})
+            work = drop_useless(work)  # one that shared a saved tensor with it may now free none
+    return work
+
+
+def keep_the_smaller(work: Work) -> Work:
+    """Go back to torch.compile's own partition unless the rewritten one saves fewer bytes."""
+    if work.chosen is work.plain or work.chosen.saved_bytes() < work.plain.saved_bytes():
+        return work
+    return work.all_exact(NOT_SMALLER)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One step.
+
+    Attributes:
+        name: By which the option ``disable`` and the times call it.
+        run: The step.
+        instead: What runs where it is disabled.
+    """
+
+    name: str
+    run: Callable[[Work], Work]
+    instead: Callable[[Work], Work] = lambda work: work
+
+
+def _left_out(name: str) -> Callable[[Work], Work]:
+    return lambda work: work.all_exact(Reason.of(Cause.DISABLED, name=name))
+
+
+def _all_sites_exact(work: Work) -> Work:
+    return replace(work, plan=dict.fromkeys(work.sites, Exact(Reason.of(Cause.DISABLED, name="represent"))))
+
+
+PASSES = (
+    Pass("find", find),
+    Pass("represent", represent, instead=_all_sites_exact),
+    Pass("gain", drop_useless, instead=drop_unread),
+    Pass("rewrite", put_in, instead=_left_out("rewrite")),
+    Pass("compare", keep_the_smaller),
+)
+
+
+def run_passes(work: Work) -> tuple[Work, dict[str, float]]:
+    """Run all passes but those that the option ``disable`` names.
+
+    Returns:
+        What is known at the end, and the seconds that each pass took, by name.
+    """
+    seconds = {}
+    for step in PASSES:
+        disabled = step.name in work.config.disable
+        started = time.perf_counter()
+        with timed(f"fewbit_fx.{step.name}"):
+            work = (step.instead if disabled else step.run)(work)
+        seconds[step.name] = time.perf_counter() - started
+    return work, seconds
+
+
+def require_pass_names(names: Collection[str]) -> None:
+    """Check the option ``disable``.
+
+    Raises:
+        ValueError: A name that no pass has.
+    """
+    known = [step.name for step in PASSES]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"fewbit option 'disable' has {name!r}; allowed are the passes {', '.join(known)}")
