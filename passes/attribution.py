@@ -35,9 +35,9 @@ class Leftover:
     """A saved storage that no site claims.
 
     Attributes:
-        node: Of the forward, whose value it holds.
+        node: The node of the forward whose value the storage holds.
         readers: Names of the operations of the backward that bring it together with a gradient, sorted.
-        share: Its bytes.
+        share: The bytes of the storage.
     """
 
     node: fx.Node

@@ -36,7 +36,7 @@ class Work:
         sites: The sites with their names, in the order of the graph.
         unreadable: Regions whose derivative could not be read off the graph.
         plan: What to do with each site, in the order of the graph.
-        faults: Of our own, each of which cost one site.
+        faults: The faults of our own code, each of which cost one site.
     """
 
     joint: fx.Graph

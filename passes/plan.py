@@ -35,9 +35,10 @@ def choose(
     Args:
         site: The site.
         config: The options.
-        symbols: Those that the backward has as inputs. What follows from a code alone takes its size from them.
-        proposals: Asked before our own.
-        name: Of the site, which the option ``skip`` may match.
+        symbols: The symbols of sizes that the backward has as inputs. What follows from a code alone takes its size
+            from them.
+        proposals: What is asked before our own representations.
+        name: The name of the site, which the option ``skip`` may match.
     """
     reason = _skipped(site, name, config.skip) or _unsuitable(site, config.min_numel, symbols)
     if reason:

@@ -30,16 +30,17 @@ class SiteRecord:
         source_line: ``file:line`` of the user's code, or "".
         name: By which the option ``skip`` and the saved tensors call the site, such as ``blocks.0.mlp.gelu``.
         function: Recognised name such as ``gelu``, or ``custom``, ``dropout``, ``mask``, ``product``.
-        shape: Of the tensor; symbolic sizes as text.
-        dtype: Of the tensor, such as ``bfloat16``.
-        form: Of its representation, such as ``codes`` or ``mask``; "" if it was left exact.
-        bits: Stored per element; 0 if it was left exact.
+        shape: The shape of the tensor; symbolic sizes as text.
+        dtype: The dtype of the tensor, such as ``bfloat16``.
+        form: The form of its representation, such as ``codes`` or ``mask``; "" if it was left exact.
+        bits: Bits stored per element; 0 if it was left exact.
         reason: Why it was left exact; None if it was not.
         bytes_before: Bytes of the saved storages that count for this row under torch.compile's own partition:
             those that the derivative would otherwise be computed from. Each storage counts for one row, so 0
             where nothing is saved for this site, or where it counts for an earlier one.
         bytes_after: The same under the partition that is used, codes included.
-        relative_error: Of the derivative, root mean square over the codebook's density; 0 if exact.
+        relative_error: The predicted error of the derivative: root mean square over the codebook's density, relative
+            to that of the derivative. 0 if exact.
         levels: The codebook's levels; empty if exact.
         small: Whether the tensor has fewer than ``min_numel`` elements.
     """
@@ -74,8 +75,8 @@ class OtherRecord:
         source_line: ``file:line`` of the user's code, or "".
         readers: The operations of the backward that bring it together with a gradient, such as ``mm`` or
             ``native_layer_norm_backward``, sorted. Values recomputed from it are followed to theirs.
-        shape: Of a saved tensor in it; symbolic sizes as text.
-        dtype: Of this tensor.
+        shape: The shape of a saved tensor in the storage; symbolic sizes as text.
+        dtype: The dtype of this tensor.
         bytes_before: Bytes of the storage if torch.compile's own partition saves it, else 0.
         bytes_after: Bytes of the storage if the partition that is used saves it, else 0.
         small: Whether the tensor has fewer than ``min_numel`` elements.
@@ -106,7 +107,7 @@ class GraphRecord:
             bytes after to ``fewbit_bytes``, by hint where sizes are symbolic.
         pass_seconds: Wall time of fewbit's own work, without torch's cut, when the graph was
             compiled, in seconds. Not compared.
-        pass_times: Of it, the names of the passes and their seconds. Not compared.
+        pass_times: The names of the passes, each with the seconds that it took. Not compared.
     """
 
     compile_id: str

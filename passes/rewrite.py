@@ -40,7 +40,7 @@ def rewrite(partition: Partition, plan: Mapping[Site, Decision], names: Mapping[
     Args:
         partition: What to rewrite.
         plan: What to do with each site.
-        names: Of the sites; the planes carry them.
+        names: The names of the sites, which the planes carry.
 
     Raises:
         SiteError: A site cannot be rewritten. The partition is as it was, and may be rewritten without the site.

@@ -13,7 +13,7 @@ def site_names(sites: Iterable[Site]) -> Mapping[Site, str]:
     """A name for each site of a graph, such as ``blocks.0.act.gelu``; equal ones are numbered from the second on.
 
     Args:
-        sites: Of one graph, in its order.
+        sites: The sites of one graph, in its order.
     """
     seen: Counter[str] = Counter()
     names = {}

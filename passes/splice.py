@@ -63,7 +63,7 @@ def splice(
     """Insert a trace into a graph, with values of its own.
 
     Args:
-        traced: Of :func:`trace`, on inputs of the same description.
+        traced: The result of :func:`trace` on inputs of the same description.
         inputs: Nodes of the graph.
         before: Where to insert; every input must come earlier.
         like: The node whose provenance (stack trace, module) the new nodes take.

@@ -98,14 +98,14 @@ BOUNDED: dict[str, Callable[[float, float], Function]] = {
 
 
 def coded(function: Function, bits: int = 3) -> CodingScheme:
-    """The coding, whose numbers are all finite in float32."""
-    coding = fit_scheme(derivative_of(function), bits)
-    book = coding.codebook
-    flips = [t for plane in coding.thresholds.flips for t in plane] if coding.thresholds else []
+    """The scheme, whose numbers are all finite in float32."""
+    scheme = fit_scheme(derivative_of(function), bits)
+    book = scheme.codebook
+    flips = [t for plane in scheme.thresholds.flips for t in plane] if scheme.thresholds else []
     assert max(map(abs, (*book.levels, *book.boundaries, *flips))) <= np.finfo(np.float32).max
     assert math.isfinite(book.relative_error)
     assert math.isfinite(book.mean_squared_error)
-    return coding
+    return scheme
 
 
 @pytest.mark.parametrize("name", BOUNDED)

@@ -140,24 +140,24 @@ def codes(x: Tensor, thresholds: Thresholds) -> Tensor:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_thresholds_on_x_give_the_nearest_level(name: str, bits: int, dtype: torch.dtype) -> None:
     function = FUNCTIONS[name]
-    coding = fit_scheme(derivative_of(function), bits)
-    assert coding.thresholds is not None
+    scheme = fit_scheme(derivative_of(function), bits)
+    assert scheme.thresholds is not None
     x = torch.cat(
         [torch.linspace(-300, 300, 100_001), torch.randn(100_000), torch.tensor([0.0, -0.0, -3.0, 3.0, 0.25])]
     )
     x = torch.cat([x, torch.tensor([-1e30, 1e30])]).to(dtype)
-    table = torch.tensor(by_code(coding.codebook.levels), dtype=torch.float64)
-    exact, level = derivative(function, x), table[codes(x, coding.thresholds)]
-    best = nearest(exact, coding.codebook.levels)
+    table = torch.tensor(by_code(scheme.codebook.levels), dtype=torch.float64)
+    exact, level = derivative(function, x), table[codes(x, scheme.thresholds)]
+    best = nearest(exact, scheme.codebook.levels)
     assert ((level - exact).abs() <= (best - exact).abs() + 1e-6).all()
 
 
 def test_flips_are_as_few_as_changes_of_level() -> None:
     """A level of a monotone derivative gives way to the next in one bit."""
     for bits in (1, 2, 3, 4):
-        coding = fit_scheme(derivative_of(F.softplus), bits)
-        assert coding.thresholds is not None
-        flips = [len(flips) + 2 * len(magnitudes) for _, flips, magnitudes in coding.thresholds.planes()]
+        scheme = fit_scheme(derivative_of(F.softplus), bits)
+        assert scheme.thresholds is not None
+        flips = [len(flips) + 2 * len(magnitudes) for _, flips, magnitudes in scheme.thresholds.planes()]
         assert flips == [2**i for i in range(bits)]
 
 
@@ -175,9 +175,9 @@ def test_where_codes_come_from_values(function, why: str) -> None:  # type: igno
 
 def test_a_kink_at_zero_belongs_to_the_right_side() -> None:
     """Zeros are frequent (padding, dropout), and float64 has neighbours of 0 that float32 has not."""
-    coding = fit_scheme(derivative_of(lambda x: F.elu(x, 1.7)), 3)
-    assert coding.thresholds is not None
-    assert 0.0 in coding.thresholds.flips[-1]
+    scheme = fit_scheme(derivative_of(lambda x: F.elu(x, 1.7)), 3)
+    assert scheme.thresholds is not None
+    assert 0.0 in scheme.thresholds.flips[-1]
     x = torch.tensor([0.0, -0.0, float(np.nextafter(np.float32(0), np.float32(1)))])
-    level = torch.tensor(by_code(coding.codebook.levels))[codes(x, coding.thresholds)]
+    level = torch.tensor(by_code(scheme.codebook.levels))[codes(x, scheme.thresholds)]
     assert (level[0] == level[1]) & (level[0] > 1.5) & (abs(level[2] - 1) < 0.1)

@@ -151,7 +151,7 @@ def fail_for_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
     original = MultiplyByLevel.__call__
 
     def multiply(self: MultiplyByLevel, inputs: Any, saved: Any) -> Tensor:
-        if max(self.coding.codebook.levels) <= 1:  # tanh's, not GELU's
+        if max(self.scheme.codebook.levels) <= 1:  # tanh's, not GELU's
             raise RuntimeError("made to fail")
         return original(self, inputs, saved)
 

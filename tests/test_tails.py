@@ -110,14 +110,14 @@ def test_the_levels_scale_with_the_function(name: str, c: float, k: float, bits:
 @pytest.mark.parametrize("name", ["gelu", "silu", "tanh", "softplus", "softsign"])
 def test_codes_from_x_are_the_nearest_level_far_out_too(name: str, bits: int) -> None:
     derivative = derivative_of(ACTIVATIONS[name])
-    coding = fit_scheme(derivative, bits)
-    assert coding.thresholds is not None
+    scheme = fit_scheme(derivative, bits)
+    assert scheme.thresholds is not None
     x = torch.cat((torch.linspace(-40, 40, 4001), torch.logspace(1, 30, 500), -torch.logspace(1, 30, 500)))
-    planes = coding.bits(x, lambda x: x, compiled=False)
+    planes = scheme.bits(x, lambda x: x, compiled=False)
     codes = sum(plane.long() << (bits - 1 - index) for index, plane in enumerate(planes))
     values = derivative(x.double().numpy())
-    ranks = coding.codebook.ranks(values)
-    at_boundary = np.abs(values[:, None] - np.array(coding.codebook.boundaries)).min(1) < 1e-9
+    ranks = scheme.codebook.ranks(values)
+    at_boundary = np.abs(values[:, None] - np.array(scheme.codebook.boundaries)).min(1) < 1e-9
     assert (torch.from_numpy(ranks ^ (ranks >> 1)).eq(codes).numpy() | at_boundary).all()
 
 

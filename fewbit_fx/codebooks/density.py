@@ -70,7 +70,7 @@ class Normal:
     """Normally distributed x, whatever the function.
 
     Attributes:
-        mean: Of x.
+        mean: The mean of x.
         std: Standard deviation of x, above 0.
     """
 

@@ -20,7 +20,7 @@ def plot_codebook(title: str, book: Codebook, sample: Sample, path: Path) -> Non
         title: Above the figure.
         book: The codebook.
         sample: x and f'(x).
-        path: Of the image; its suffix chooses the format.
+        path: The file of the image; its suffix chooses the format.
     """
     order = np.argsort(sample.x)
     order = order[_is_dense(sample.x[order], sample.weights[order])]

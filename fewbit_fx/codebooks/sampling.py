@@ -57,7 +57,7 @@ def sample_derivative(derivative: Function, density: Density) -> Sample:
 
     Args:
         derivative: Elementwise function of a float64 array.
-        density: Of x. Where it covers the interval in which the derivative varies, that interval is
+        density: The density of x. Where it covers the interval in which the derivative varies, that interval is
             found, and the derivative must be bounded on the whole line.
 
     Raises:

@@ -64,7 +64,7 @@ def find_thresholds(derivative: Function, codebook: Codebook, sampled: Array) ->
 
     Args:
         derivative: Elementwise function of a float64 array.
-        codebook: Of the derivative.
+        codebook: The codebook of the derivative.
         sampled: The x that it was fitted to, among which no change is to be missed.
     """
     if codebook.relative_error < 1e-9:

@@ -83,8 +83,8 @@ class PlaneLayout:
         """Blocks of bits, boolean or the signs of int32 -> int32 words, shape (kept dimensions, blocks, 1, lanes).
 
         Args:
-            bits: Of one plane.
-            weights: Of :func:`bit_weights`.
+            bits: The bits of one plane, shape (..., 32, lanes).
+            weights: The result of :func:`bit_weights`.
         """
         if bits.dtype == torch.bool:
             weighted = torch.where(bits, weights, torch.zeros_like(weights))

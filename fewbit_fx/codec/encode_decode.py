@@ -82,10 +82,10 @@ def encode(
 
     Args:
         x: Tensor of any shape and dtype.
-        bits_of: Takes blocks of x, returns blocks of bits.
-        layout: Of x.
-        guarded: The last bits say what is finite (``escape``).
-        mirrored: The levels are (``fitting.is_mirrored``).
+        bits_of: Takes blocks of x, shape (..., 32, lanes), and returns as many blocks of bits as a code has.
+        layout: The layout of the planes of this tensor.
+        guarded: Whether the last bits say what is finite (``codec/nonfinite.py``).
+        mirrored: Whether half of the levels follow from the others (``fitting.is_mirrored``).
     """
     weights = bit_weights(x.device)
     planes = []
@@ -96,12 +96,12 @@ def encode(
 
 
 def marked_words(words: Sequence[Tensor], blocks: Tensor, mirrored: bool) -> list[Tensor]:
-    """The planes to save of one part. Of mirrored levels, the first bit stays as it is.
+    """The planes to save of one part, with words marked. The first bit of mirrored levels stays as it is.
 
     Args:
-        words: Of each bit, the most significant first, and of what is finite.
-        blocks: What was encoded, shape (..., 32, lanes).
-        mirrored: As in :func:`encode`.
+        words: The words of each bit, the most significant first, then those of what is finite.
+        blocks: The part that was encoded, shape (..., 32, lanes).
+        mirrored: Whether half of the levels follow from the others.
     """
     free = 1 if mirrored else 0
     return [*words[:free], *mark(words[free:], blocks)]
@@ -124,13 +124,13 @@ def decode_and_multiply(
     so that no copy is made of the levels.
 
     Args:
-        gradient: Of the shape of what was encoded.
-        planes: Of :func:`encode`.
-        levels: Of the codebook.
-        layout: Of what was encoded.
-        dtype: Of the result; the product is taken in float32, or float64 where the gradient is.
-        product: Instead of the plain one.
-        guarded, mirrored: As in :func:`encode`.
+        gradient: A tensor of the shape of what was encoded.
+        planes: The result of :func:`encode`.
+        levels: The levels of the codebook, in ascending order.
+        layout: The layout that the planes were encoded with.
+        dtype: The dtype of the result. The product is taken in float32, or in float64 where the gradient is.
+        product: What multiplies the gradient by the level, in place of the plain product.
+        guarded, mirrored: The same as for :func:`encode`.
     """
 
     wide = at_least_float32(gradient)
@@ -150,9 +150,9 @@ def unpack(planes: Sequence[Tensor], layout: PlaneLayout, guarded: bool) -> list
     """The bits of the codes of one part, and behind them, where guarded, which words are marked.
 
     Args:
-        planes: Of the part, the most significant first.
-        layout: Of what was encoded.
-        guarded: As in :func:`encode`.
+        planes: The planes of the part, the most significant first.
+        layout: The layout that the planes were encoded with.
+        guarded: Whether some words may be marked.
     """
     weights = bit_weights(planes[0].device)
     bits = [layout.unpack(plane, weights) for plane in planes]
@@ -174,9 +174,9 @@ def choose_level(table: Sequence[Tensor], bits: Sequence[Tensor], guarded: bool,
     """The level of each code.
 
     Args:
-        table: Of :func:`by_code`, scalar tensors.
-        bits: Of :func:`unpack`.
-        guarded, mirrored: As in :func:`encode`.
+        table: The result of :func:`by_code`, as scalar tensors.
+        bits: The result of :func:`unpack`.
+        guarded, mirrored: The same as for :func:`encode`.
     """
     if mirrored:
         half = len(table) // 2

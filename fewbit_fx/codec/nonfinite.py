@@ -53,8 +53,8 @@ class Undefined:
         """Where the derivative is finite.
 
         Args:
-            x: In float32 or float64.
-            signs: Rather as signs of int32, where x is float32 and that is possible.
+            x: The tensor that is encoded, in float32 or float64.
+            signs: Whether to answer by the signs of int32, where x is float32 and that is possible.
 
         Returns:
             Booleans, or int32 that are negative there.
@@ -99,11 +99,12 @@ def reserved_prefix(bits: int) -> tuple[bool, ...]:
 
 
 def mark(words: Sequence[Tensor], blocks: Tensor) -> list[Tensor]:
-    """The words to save of b planes.
+    """The words of b planes with those marked that hold an element that is not finite.
 
     Args:
-        words: int32, of b planes, the most significant first, and of the bits of what is finite.
-        blocks: What was encoded, shape (..., 32, lanes).
+        words: The words of each of b planes, the most significant first, then the words of what is finite. Each is
+            int32 of shape (..., 1, lanes).
+        blocks: The tensor that was encoded, as blocks of shape (..., 32, lanes).
     """
     *prefix, last, finite = words
     undefined = torch.bitwise_not(finite)

@@ -34,16 +34,16 @@ class CodingScheme:
 
     @property
     def guarded(self) -> bool:
-        """Whether codes tell what is not finite (``escape``)."""
+        """Whether codes tell what is not finite (``codec/nonfinite.py``)."""
         return self.undefined is not None
 
     def bits(self, x: Tensor, derivative: Callable[[Tensor], Tensor], compiled: bool = True) -> list[Tensor]:
-        """The bits of the codes of f'(x), the most significant first; where guarded, behind them what is finite.
+        """The bits of the codes of f'(x), the most significant first. Where guarded, a last one says what is finite.
 
         Args:
-            x: In any shape and dtype.
-            derivative: f'.
-            compiled: Inductor compiles these operations.
+            x: The tensor to encode, of any shape and dtype.
+            derivative: The function f', elementwise.
+            compiled: Whether Inductor compiles these operations.
         """
         if self.thresholds is None:
             values = at_least_float32(derivative(x))
@@ -56,7 +56,7 @@ class CodingScheme:
 
 
 def fit_scheme(derivative: Function, bits: int) -> CodingScheme:
-    """The coding of a derivative, by what pre-activations typically are.
+    """Fit the codebook of a derivative, by what pre-activations typically are.
 
     Raises:
         NotCodableError: The derivative is unbounded, undefined or constant.

@@ -34,7 +34,7 @@ class History:
 
         Args:
             compiled: What was handed to torch.compile, None if not known. A method belongs to its object.
-            identity: Of the graph within its model.
+            identity: What tells the graph from others of its model.
             records: What the passes did to it.
         """
         records = tuple(records)

@@ -18,7 +18,7 @@ class Listener:
     """Hears of each graph that a partitioner partitions.
 
     Attributes:
-        records: Of the graphs, in order.
+        records: The records of the graphs, in the order of their compilation.
     """
 
     def __init__(self) -> None:

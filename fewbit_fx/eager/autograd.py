@@ -31,11 +31,11 @@ def apply_activation(name: str, x: Tensor, bits: int, inplace: bool = False, **a
     """A function of torch.nn.functional with b bits per element saved.
 
     Args:
-        name: Of the function.
+        name: The name of the function in torch.nn.functional.
         x: Tensor of any shape and floating point dtype.
         bits: 1 to 8.
         inplace: Write the result to x, as torch's in-place functions do.
-        **arguments: Of the function.
+        **arguments: The other arguments of the function.
 
     Where the arguments make a derivative that cannot be coded, such as a constant one, it is torch's own, and so
     it is for complex tensors, whose derivative is another, and tensors that are not strided ones.
@@ -65,8 +65,8 @@ def apply_function(function: Pointwise, x: Tensor, bits: int, coded: CodedDeriva
         function: Pointwise, hashable, and equal for equal functions.
         x: Tensor of any shape and floating point dtype. Of one that is not strided nothing is coded.
         bits: 1 to 8.
-        coded: Its few-bit form, where it is known. Dynamo of torch 2.11 can look it up by itself for plain
-            functions, not for callable objects.
+        coded: The few-bit form of the function's derivative, where it is known. Dynamo of torch 2.11 can look it up
+            by itself for plain functions, not for callable objects.
     """
     _require_bits(bits)
     if not x.is_floating_point():
@@ -115,13 +115,13 @@ class _Eager(torch.autograd.Function):
         ctx.mark_non_differentiable(words)
         ctx.set_materialize_grads(False)  # or the backward would be given zeros for the words
         ctx.save_for_backward(words, link)
-        ctx.coding, ctx.form = coded.encoder.coding, MemoryForm.of(x)
+        ctx.scheme, ctx.form = coded.encoder.scheme, MemoryForm.of(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
         if gradient is None:
             return None, None, None
-        return _apply(_Decode, gradient, *ctx.saved_tensors, ctx.coding, ctx.form), None, None
+        return _apply(_Decode, gradient, *ctx.saved_tensors, ctx.scheme, ctx.form), None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -130,8 +130,8 @@ class _Decode(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, words: Tensor, _link: Tensor, coding: CodingScheme, form: MemoryForm) -> Tensor:
-        return multiply_by_level(gradient, words, coding, form)
+    def forward(gradient: Tensor, words: Tensor, _link: Tensor, scheme: CodingScheme, form: MemoryForm) -> Tensor:
+        return multiply_by_level(gradient, words, scheme, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -153,9 +153,9 @@ class _InGraph(torch.autograd.Function):
         layout, encoder = plane_layout(x), coded.encoder
 
         def bits_of(blocks: Tensor) -> list[Tensor]:
-            return encoder.coding.bits(blocks, lambda b: encoder.derivative(at_least_float32(b)))
+            return encoder.scheme.bits(blocks, lambda b: encoder.derivative(at_least_float32(b)))
 
-        ctx.kind = encoder.coding.guarded, encoder.coding.mirrored
+        ctx.kind = encoder.scheme.guarded, encoder.scheme.mirrored
         ctx.save_for_backward(*encode(x, bits_of, layout, *ctx.kind))
         ctx.levels, ctx.layout, ctx.dtype = coded.levels, layout, x.dtype
         return coded.value(function, x)
@@ -189,7 +189,7 @@ class _FrozenPReLU(torch.autograd.Function):
         ctx.mark_non_differentiable(words)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(words, weight)
-        ctx.coding, ctx.form = step.encoder.coding, MemoryForm.of(x)
+        ctx.scheme, ctx.form = step.encoder.scheme, MemoryForm.of(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, _words: None) -> tuple[Tensor | None, None, None]:
@@ -197,7 +197,7 @@ class _FrozenPReLU(torch.autograd.Function):
         if gradient is None:
             return None, None, None
         words, weight = ctx.saved_tensors
-        positive = multiply_by_level(torch.ones_like(gradient), words, ctx.coding, ctx.form) != 0
+        positive = multiply_by_level(torch.ones_like(gradient), words, ctx.scheme, ctx.form) != 0
         if weight.numel() > 1:
             weight = weight.view(-1, *[1] * (gradient.dim() - 2))
         return torch.where(positive, gradient, weight * gradient), None, None

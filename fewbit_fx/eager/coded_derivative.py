@@ -24,7 +24,7 @@ class Activation:
     """A function of torch.nn.functional with its arguments; equal ones are interchangeable.
 
     Attributes:
-        name: Of the function.
+        name: The name of the function in torch.nn.functional.
         arguments: All but the first, as pairs of keyword and value.
     """
 
@@ -58,8 +58,8 @@ class CodedDerivative:
     """The few-bit form of a function's derivative. It does not refer to the function.
 
     Attributes:
-        encoder: Of the derivative.
-        in_place: The function writes to its input, which it is not to have.
+        encoder: What encodes the derivative.
+        in_place: Whether the function writes to its input. It is given a copy then.
     """
 
     encoder: Encoder
@@ -72,8 +72,8 @@ class CodedDerivative:
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """Of the codebook."""
-        return self.encoder.coding.codebook.levels
+        """The levels of the codebook."""
+        return self.encoder.scheme.codebook.levels
 
     def value(self, function: Pointwise, x: Tensor) -> Tensor:
         """``function(x)``, with x left as it is.
@@ -86,8 +86,8 @@ class CodedDerivative:
 @cached_per_function
 def coded_function(function: Pointwise, bits: int) -> CodedDerivative:
     """The few-bit form of any pointwise function. Raises as :func:`fewbit_fx.codebook` does."""
-    coding = fit_scheme(derivative_of(function), bits)
-    return CodedDerivative(Encoder(trace_derivative(function), coding), writes_to_its_input(function))
+    scheme = fit_scheme(derivative_of(function), bits)
+    return CodedDerivative(Encoder(trace_derivative(function), scheme), writes_to_its_input(function))
 
 
 def coded_activation(
@@ -102,11 +102,11 @@ def _coded_activation(
     activation: Activation, bits: int, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> CodedDerivative | None:
     try:
-        coding = fit_scheme(derivative_of(activation), bits)
+        scheme = fit_scheme(derivative_of(activation), bits)
     except NotCodableError:
         return None
     compared = activation if dtype is None else _as_compared(activation, dtype, device)
-    return None if compared is None else CodedDerivative(Encoder(trace_derivative(compared), coding))
+    return None if compared is None else CodedDerivative(Encoder(trace_derivative(compared), scheme))
 
 
 def _as_compared(activation: Activation, dtype: torch.dtype, device: str) -> Activation | None:

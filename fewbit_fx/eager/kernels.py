@@ -88,11 +88,11 @@ class Encoder:
 
     Attributes:
         derivative: f', pointwise, in float32 or float64.
-        coding: Of f'.
+        scheme: How f' is coded.
     """
 
     derivative: Pointwise
-    coding: CodingScheme
+    scheme: CodingScheme
     _kernels: dict[tuple[torch.dtype, str], Kernel] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -112,29 +112,29 @@ class Encoder:
                 words = kernel(_deal_out(flat[form.whole :], form.lanes))
                 parts.append(words[:, : -(-form.rest // WORD_BITS)].clone())  # not a view, which would keep the padding
             if not parts:
-                return x.new_empty((self.coding.codebook.bits, 0), dtype=torch.int32)
+                return x.new_empty((self.scheme.codebook.bits, 0), dtype=torch.int32)
             return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def _kernel(self, x: Tensor) -> Kernel:
         key = x.dtype, x.device.type
         if key not in self._kernels:
-            self._kernels[key] = _encoder(self.derivative, self.coding)
+            self._kernels[key] = _encoder(self.derivative, self.scheme)
         return self._kernels[key]
 
 
-def multiply_by_level(gradient: Tensor, words: Tensor, coding: CodingScheme, form: MemoryForm) -> Tensor:
+def multiply_by_level(gradient: Tensor, words: Tensor, scheme: CodingScheme, form: MemoryForm) -> Tensor:
     """``gradient * level``, with the levels that ``words`` name.
 
     Args:
         gradient: Tensor of the shape of the coded x.
-        words: Of an :class:`Encoder`.
-        coding: The same.
-        form: Of the coded x.
+        words: The result of an :class:`Encoder`.
+        scheme: The encoder's scheme.
+        form: The form of the tensor that was encoded.
 
     Returns:
         Tensor of the form of x.
     """
-    book, guarded, mirrored = coding.codebook, coding.guarded, coding.mirrored
+    book, guarded, mirrored = scheme.codebook, scheme.guarded, scheme.mirrored
     kernel = _decoder(book.bits, guarded, mirrored, gradient.dtype, form.dtype, form.device.type)
     with _plain_arithmetic(gradient):
         table = _kept_levels if runs_compiled(gradient) else _levels
@@ -179,13 +179,13 @@ def _collect(dealt: Tensor, lanes: int) -> Tensor:
     return dealt.view(2, WORD_BITS, lanes).transpose(1, 2).reshape(-1)
 
 
-def _encoder(derivative: Pointwise, coding: CodingScheme) -> Kernel:
+def _encoder(derivative: Pointwise, scheme: CodingScheme) -> Kernel:
     def words(x: Tensor, compiled: bool) -> Tensor:
         layout = PlaneLayout(lanes_for(x.device, x.dtype)[0])
-        bits = coding.bits(layout.blocks(x), lambda blocks: derivative(at_least_float32(blocks)), compiled)
+        bits = scheme.bits(layout.blocks(x), lambda blocks: derivative(at_least_float32(blocks)), compiled)
         weights = bit_weights(x.device)
         planes = [layout.pack(bit, weights) for bit in bits]
-        saved = marked_words(planes, layout.blocks(x), coding.mirrored) if coding.guarded else planes
+        saved = marked_words(planes, layout.blocks(x), scheme.mirrored) if scheme.guarded else planes
         return torch.stack([plane.view(-1) for plane in saved])
 
     def encoder(x: Tensor) -> Tensor:

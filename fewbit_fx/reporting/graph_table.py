@@ -40,10 +40,10 @@ class _Row:
 
     Attributes:
         records: Equal in what the row says of them.
-        what: They are or are for.
-        action: What happened to them.
+        what: What the records are, or are for.
+        action: What happened to the records.
         reason: Why, or "".
-        relative_error: Of each.
+        relative_error: The error of each record.
     """
 
     records: Sequence[SiteRecord | OtherRecord]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbit_fx.codebooks.activations import is_affine
 from fewbit_fx.codebooks.sampling import NotCodableError
-from fewbit_fx.codec.bitplanes import PlaneLayout, plane_layout
+from fewbit_fx.codec.bitplanes import PlaneLayout
 from fewbit_fx.codec.encode_decode import decode_and_multiply, encode
 from fewbit_fx.codec.scheme import CodingScheme, fit_scheme
 from fewbit_fx.config import FewBitConfig
@@ -21,7 +21,8 @@ from ..derivative import Derivative, NotEvaluableError
 from ..graph import value_of
 from ..reasons import Cause, Reason
 from ..sites import DerivativeSite, Origin, Site
-from .representation import Decision, Decode, Encode, Exact, Representation
+from .bit_planes import BitPlanes
+from .representation import Decision, Decode, Encode, Exact
 
 SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="derivatives")
 PRODUCT, LOSS, PERHAPS_LOSS = Reason(Cause.PRODUCT), Reason(Cause.LOSS), Reason(Cause.PERHAPS_LOSS)
@@ -34,82 +35,63 @@ class EncodeDerivative(Encode):
     """x to the bit planes of the codes of f'(x)."""
 
     derivative: Derivative
-    coding: CodingScheme
+    scheme: CodingScheme
     layout: PlaneLayout
 
     def __call__(self, value: Tensor) -> list[Tensor]:
         """The planes, int32."""
-        coding = self.coding
-        bits = functools.partial(coding.bits, derivative=self.derivative)
-        return encode(value, bits, self.layout, coding.guarded, coding.mirrored)
+        scheme = self.scheme
+        bits = functools.partial(scheme.bits, derivative=self.derivative)
+        return encode(value, bits, self.layout, scheme.guarded, scheme.mirrored)
 
 
 @dataclass(frozen=True)
 class MultiplyByLevel(Decode):
     """The entry gradient and the planes to the exit gradient, of a dtype."""
 
-    coding: CodingScheme
+    scheme: CodingScheme
     layout: PlaneLayout
     dtype: torch.dtype
 
     def __call__(self, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> Tensor:
         """The exit gradient."""
         (gradient,) = inputs
-        guarded, mirrored, levels = self.coding.guarded, self.coding.mirrored, self.coding.codebook.levels
+        guarded, mirrored, levels = self.scheme.guarded, self.scheme.mirrored, self.scheme.codebook.levels
         return decode_and_multiply(gradient, saved, levels, self.layout, self.dtype, guarded=guarded, mirrored=mirrored)
 
 
 @dataclass(frozen=True)
-class DerivativeCodes(Representation):
+class DerivativeCodes(BitPlanes):
     """A few-bit code of f'(x) per element, that of the nearest of the codebook's levels."""
 
     site: DerivativeSite
-    coding: CodingScheme
+    scheme: CodingScheme
     form = "codes"
 
     @property
     def bits(self) -> int:
         """The codebook's."""
-        return self.coding.codebook.bits
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all the planes."""
-        return self.bits * self._layout.nbytes(self._x)
-
-    @property
-    def tensors(self) -> int:
-        """How many planes there are."""
-        return self.bits * self._layout.parts(self._x)
+        return self.scheme.codebook.bits
 
     @property
     def encode(self) -> EncodeDerivative:
         """Encode f'(x)."""
-        return EncodeDerivative(self.site.derivative, self.coding, self._layout)
+        return EncodeDerivative(self.site.derivative, self.scheme, self.layout)
 
     @property
     def decode(self) -> MultiplyByLevel:
         """Multiply the gradient by the level."""
-        return MultiplyByLevel(self.coding, self._layout, value_of(self.site.exit).dtype)
+        return MultiplyByLevel(self.scheme, self.layout, value_of(self.site.exit).dtype)
 
     @property
     def relative_error(self) -> float:
         """Of the derivative, over the codebook's density."""
-        return self.coding.codebook.relative_error
+        return self.scheme.codebook.relative_error
 
     @property
     def levels(self) -> tuple[float, ...]:
         """The codebook's."""
-        return self.coding.codebook.levels
-
-    @property
-    def _x(self) -> Tensor:
-        x: Tensor = value_of(self.site.source)
-        return x
-
-    @property
-    def _layout(self) -> PlaneLayout:
-        return plane_layout(self._x)
+        return self.scheme.codebook.levels
 
 
 def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | None:
@@ -120,23 +102,23 @@ def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | Non
         return Exact(PRODUCT)
     if not config.derivatives:
         return Exact(SWITCHED_OFF)
-    coding = fitted_scheme(site.derivative, config.bits)
-    if isinstance(coding, Exact):
-        return coding
-    error = coding.codebook.relative_error
+    scheme = fitted_scheme(site.derivative, config.bits)
+    if isinstance(scheme, Exact):
+        return scheme
+    error = scheme.codebook.relative_error
     if not error <= config.max_relative_error:
         limit = config.max_relative_error
         return Exact(Reason.of(Cause.ERROR_TOO_LARGE, bits=config.bits, relative_error=error, max_relative_error=limit))
     if error > 0 and site.origin is Origin.BROADCAST:
         return Exact(LOSS)
-    if site.origin is Origin.OUTSIDE and _vanishes_at_zero(coding, site.derivative):
+    if site.origin is Origin.OUTSIDE and _vanishes_at_zero(scheme, site.derivative):
         return Exact(PERHAPS_LOSS)
-    return DerivativeCodes(site, coding)
+    return DerivativeCodes(site, scheme)
 
 
 @functools.lru_cache(maxsize=1024)  # layers share their derivative, and models their activations
 def fitted_scheme(derivative: Derivative, bits: int) -> CodingScheme | Exact:
-    """The coding of a derivative, or why there is none; fitted once per derivative and process."""
+    """How a derivative is coded, or why it cannot be; fitted once per derivative and process."""
     try:
         return fit_scheme(derivative.evaluated, bits)
     except NotCodableError as error:
@@ -145,7 +127,7 @@ def fitted_scheme(derivative: Derivative, bits: int) -> CodingScheme | Exact:
         return Exact(error.reason)
 
 
-def _vanishes_at_zero(coding: CodingScheme, derivative: Derivative) -> bool:
+def _vanishes_at_zero(scheme: CodingScheme, derivative: Derivative) -> bool:
     """Whether the relative error grows without bound as x goes to 0, where the residuals of a loss go."""
-    largest = max(map(abs, coding.codebook.levels))
+    largest = max(map(abs, scheme.codebook.levels))
     return bool((np.abs(derivative.evaluated(_NEAR_ZERO)) < _NEARLY_NOTHING * largest).any())

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fewbit_fx.codec.bitplanes import PlaneLayout, bit_weights, plane_layout
+from fewbit_fx.codec.bitplanes import PlaneLayout, bit_weights
 from fewbit_fx.codec.encode_decode import encode
 from fewbit_fx.config import FewBitConfig
 
-from ..graph import value_of
 from ..reasons import Cause, Reason
 from ..sites import MaskSite, Site
 from ..splice import description
-from .representation import Decision, Decode, Encode, Exact, Representation
+from .bit_planes import BitPlanes
+from .representation import Decision, Decode, Encode, Exact
 
 SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="masks")
 
@@ -36,8 +36,8 @@ class Unpack(Decode):
     """Bit planes to booleans.
 
     Attributes:
-        layout: Of the planes.
-        like: Describes the mask, ``graph.description``.
+        layout: The layout of the planes.
+        like: The description of the mask (``splice.description``).
         mask: The mask itself, for its sizes; not compared, for they are in the description.
     """
 
@@ -52,7 +52,7 @@ class Unpack(Decode):
 
 
 @dataclass(frozen=True)
-class PackedMask(Representation):
+class PackedMask(BitPlanes):
     """One exact bit per element of a boolean tensor."""
 
     site: MaskSite
@@ -60,33 +60,14 @@ class PackedMask(Representation):
     bits = 1
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the plane."""
-        return self._layout.nbytes(self._mask)
-
-    @property
-    def tensors(self) -> int:
-        """How many parts the plane is in."""
-        return self._layout.parts(self._mask)
-
-    @property
     def encode(self) -> Pack:
         """Pack the mask."""
-        return Pack(self._layout)
+        return Pack(self.layout)
 
     @property
     def decode(self) -> Unpack:
         """Unpack it."""
-        return Unpack(self._layout, description(self.site.mask), self._mask)
-
-    @property
-    def _mask(self) -> Tensor:
-        mask: Tensor = value_of(self.site.mask)
-        return mask
-
-    @property
-    def _layout(self) -> PlaneLayout:
-        return plane_layout(self._mask)
+        return Unpack(self.layout, description(self.site.mask), self.value)
 
 
 def propose_packed_mask(site: Site, config: FewBitConfig) -> Decision | None:
