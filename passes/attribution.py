@@ -47,7 +47,7 @@ class Leftover:
 
 @dataclass(frozen=True)
 class Attribution:
-    """All that two partitions save, with whom it counts for."""
+    """For each storage that two partitions save, the row that counts it."""
 
     shares: Mapping[Claimant, Share]
     leftovers: tuple[Leftover, ...]
@@ -88,11 +88,11 @@ class _Ledger:
         return self._take([*freed, *self._codes.get(site.anchor.name, ())])
 
     def exact(self, claimant: Claimant) -> Share:
-        """What is saved of the values from which the factors follow element by element."""
+        """What is saved of the values from which the factors of a site left exact follow element by element."""
         return self._take(self._leaves(claimant, _elementwise_ancestors) & self._saved_after)
 
     def leftovers(self) -> Iterator[Leftover]:
-        """What is not counted yet, in the order in which it is saved."""
+        """The storages that no site counts, in the order in which they are saved."""
         readers = [_readers(graph) for graph in self._backward]
         for i, storages in enumerate((dict(self._before), dict(self._after))):
             for key, nodes in storages.items():

@@ -88,7 +88,7 @@ class Derivative:
         return result.expand(x.shape)
 
     def evaluated(self, x: Array) -> Array:
-        """The same as :meth:`ideal`.
+        """f'(x) in float64, by :meth:`ideal`.
 
         Raises:
             NotEvaluableError: An operation raised whatever it may raise; one of a user's may assert, say, a dtype.

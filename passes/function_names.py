@@ -1,4 +1,4 @@
-"""What people call the function at a site."""
+"""Names of the functions at sites, such as ``gelu`` and ``dropout``."""
 
 from __future__ import annotations
 

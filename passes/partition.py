@@ -33,7 +33,7 @@ class Partition:
     static_inputs: tuple[int, ...]
 
     def copy(self) -> Partition:
-        """The same partition with nodes of its own."""
+        """A copy that shares no node with this one."""
         return Partition(
             copy_module(self.forward), copy_module(self.backward), self.num_fwd_outputs, self.static_inputs
         )

@@ -1,4 +1,4 @@
-"""Where a site comes from in the user's model, read from the metadata that tracing left on nodes."""
+"""The module and the source line of a node, read from the metadata that tracing left on it."""
 
 from __future__ import annotations
 

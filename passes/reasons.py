@@ -9,7 +9,7 @@ Detail = int | float | str
 
 
 class Cause(str, Enum):
-    """What keeps something exact. The comment names the details that go with it."""
+    """The kinds of reasons. The comment behind each names the details that go with it."""
 
     SKIPPED = "skipped"  # pattern
     SWITCHED_OFF = "switched off"  # option

@@ -46,7 +46,7 @@ def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[fx.Node]) 
 
 
 def description(node: fx.Node) -> tuple[object, ...]:
-    """All of a node's value that a trace depends on; hashable."""
+    """Describe a node's value: all that a trace depends on, as a hashable tuple."""
     value = value_of(node)
     if isinstance(value, Tensor):
         return value.dtype, value.device, tuple(map(str, value.shape)), tuple(map(str, value.stride()))

@@ -25,7 +25,7 @@ _TAIL = 6.0  # of Normal, from the mean to the end of the interval
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a derivative varies.
+    """The part of the x axis in which a derivative varies.
 
     Attributes:
         reach: On [-reach, reach] only, but for a small share of its range.

@@ -1,4 +1,4 @@
-"""Where a derivative varies, and a weighted sample of its values there.
+"""Find the interval in which a derivative varies, and sample its values there.
 
 A codebook must fit the function, not a fixed window: the window is found from the function itself,
 so that ``c * tanh(x / c)`` is sampled on an interval that grows with c.
@@ -77,7 +77,7 @@ def sample_derivative(derivative: Function, density: Density) -> Sample:
 
 
 def _extent(derivative: Function) -> Extent:
-    """Where the derivative varies, of one that is bounded on the whole line."""
+    """Find where a derivative varies that is bounded on the whole line."""
     x = _whole_line()
     values = _evaluate(derivative, x)
     defined = _is_defined(values)
@@ -111,7 +111,7 @@ def symmetric_grid(reach: float, points: int) -> Array:
 
 
 def _is_defined(values: Array) -> npt.NDArray[np.bool_]:
-    """Where a derivative is not NaN, nor overflows on the way to NaN.
+    """Tell the points at which a derivative is neither NaN nor an overflow on the way to NaN.
 
     Far out, a function written by hand may be inf / inf, as x * exp(x) / (1 + exp(x)) is; a little nearer, only
     its numerator has overflowed. A derivative that really grows is infinite to the end.

@@ -1,4 +1,4 @@
-"""Where on the x axis the code of f'(x) changes: codes from x itself, without its derivative.
+"""Find the points of the x axis at which the code of f'(x) changes, so that x is encoded without its derivative.
 
 To compare x with a few constants is cheaper than to compute f'(x), and on a CPU it spares Inductor a
 whole tensor in memory: codes computed from f'(x) are 1.4 times slower there.
@@ -91,7 +91,7 @@ def find_thresholds(derivative: Function, codebook: Codebook, sampled: Array) ->
 
 
 def _with_magnitudes(thresholds: Thresholds, derivative: Function, codebook: Codebook) -> Thresholds:
-    """The same, with one comparison of |x| for two of x wherever flips mirror each other.
+    """Replace two comparisons of x by one of |x| wherever flips mirror each other.
 
     Below -t the two forms differ at the float32 -t itself, so the derivative must not jump there.
     """

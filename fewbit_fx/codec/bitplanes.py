@@ -98,7 +98,7 @@ class PlaneLayout:
         return (words & weights) != 0
 
     def spread(self, words: Tensor) -> Tensor:
-        """What is known of each word, in the shape of its block: for each of its elements."""
+        """Repeat a value of each word for the 32 elements of the word: (..., 1, lanes) -> (..., 32, lanes)."""
         return words.expand(*words.shape[:-2], WORD_BITS, self.lanes)
 
     def nbytes(self, x: Tensor) -> int:

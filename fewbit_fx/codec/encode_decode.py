@@ -43,7 +43,7 @@ def bits_by_value(values: Tensor, levels: tuple[float, ...]) -> list[Tensor]:
 
 
 def bits_by_threshold(x: Tensor, thresholds: Thresholds, compiled: bool = True) -> list[Tensor]:
-    """The same bits from x itself: each flips at the thresholds that are its own.
+    """The bits of the codes of f'(x) from x itself: each bit flips at thresholds of its own.
 
     Compiled for a CPU, in float32, a bit is the sign of an int32: three quarters of the time that masks take,
     which Inductor makes vectors and masks again at each step. In other dtypes it does not vectorise that,
@@ -64,7 +64,7 @@ def takes_signs(x: Tensor, compiled: bool) -> bool:
 
 
 def _flipping(x: Tensor, start: bool, flips: Sequence[tuple[Tensor, float]], signs: bool) -> Tensor:
-    """A bit that flips where each of some tensors is above a number."""
+    """A bit that starts as ``start``, and flips once for each of ``flips`` whose tensor is above its number."""
     if not flips:
         return torch.full_like(x, start, dtype=torch.bool)
     if signs:
@@ -200,7 +200,7 @@ def choose(candidates: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
 
 
 def _halved(candidates: Sequence[Tensor], bit: Tensor) -> list[Tensor]:
-    """Of each pair of candidates the one that the least significant bit of their index names."""
+    """Halve a list of candidates: of each pair, ``bit`` chooses the second."""
     return [torch.where(bit, high, low) for low, high in zip(candidates[::2], candidates[1::2], strict=True)]
 
 

@@ -38,11 +38,11 @@ _REPEATED = 43
 
 @dataclass(frozen=True)
 class Undefined:
-    """Where beyond the real numbers a derivative is not finite.
+    """The values of x, beyond the real numbers, at which a derivative is not finite.
 
     Attributes:
-        nan: At NaN.
-        positive, negative: At infinity and -infinity.
+        nan: Whether it is not finite at NaN.
+        positive, negative: Whether it is not finite at infinity, and at -infinity.
     """
 
     nan: bool
@@ -50,7 +50,7 @@ class Undefined:
     negative: bool
 
     def spares(self, x: Tensor, signs: bool = False) -> Tensor:
-        """Where the derivative is finite.
+        """Tell the elements at which the derivative is finite.
 
         Args:
             x: The tensor that is encoded, in float32 or float64.
@@ -70,7 +70,7 @@ class Undefined:
 
 
 def find_undefined(derivative: Function) -> Undefined | None:
-    """Where a derivative is not finite; None if it is finite everywhere, as one that comparisons decide is.
+    """Find where a derivative is not finite. None if it is finite everywhere, as that of ReLU is.
 
     Args:
         derivative: Elementwise function of a float64 array. Where it fails, it counts as not finite.
@@ -86,7 +86,7 @@ def find_undefined(derivative: Function) -> Undefined | None:
 
 
 def is_finite(x: Tensor) -> Tensor:
-    """Booleans, by one comparison."""
+    """Whether each element is finite, by one comparison."""
     return x.abs() < float("inf")
 
 
@@ -122,7 +122,7 @@ def mark(words: Sequence[Tensor], blocks: Tensor) -> list[Tensor]:
 
 
 def _in_the_loop_of_lanes(poisoned: Tensor, blocks: Tensor) -> Tensor:
-    """The same booleans of words, by an expression that reads a row of their blocks.
+    """Return ``poisoned`` unchanged, but as an expression that reads a row of the blocks.
 
     On a CPU Inductor then works on the words in the loop that packed them, with vectors of the same length.
     Otherwise it merges the loops over blocks and lanes to one of its own, and reads and writes all planes again.

@@ -31,7 +31,7 @@ class Bisection:
 
     @property
     def skip(self) -> tuple[str, ...]:
-        """What to give to the option ``skip`` so that the check passes."""
+        """The value of the option ``skip`` with which the check passes."""
         return tuple(map(glob.escape, self.culprits))
 
     def __str__(self) -> str:

@@ -76,7 +76,7 @@ class FewBitBackend:
         return compiled
 
     def last_report(self) -> Report:
-        """As :func:`fewbit_fx.last_report`, of what this backend compiled."""
+        """The report of the model that this backend compiled last; see :func:`fewbit_fx.last_report`."""
         return self._history.report()
 
     def all_sites(self) -> tuple[SiteRecord, ...]:
@@ -88,7 +88,7 @@ _all_backends = History()
 
 
 def last_report() -> Report:
-    """What happened to the model that any fewbit backend compiled last in this process, with the others' totals.
+    """The report of the model that a fewbit backend compiled last in this process, with the totals of others.
 
     A model is what was handed to torch.compile, with all its graphs; a recompiled graph replaces its predecessor.
     Layers that are compiled one by one are models of their own, of which those that share compiled code count once.

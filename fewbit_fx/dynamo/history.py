@@ -63,7 +63,7 @@ class History:
 
 @dataclass
 class _Model:
-    """What was compiled of one model.
+    """The records of one model.
 
     Attributes:
         reference: To the model; None if it is not known, or cannot be referred to weakly: then its name stands for it.
@@ -91,11 +91,11 @@ class _Model:
         return self.reference is not None and self.reference() is None
 
     def graphs(self) -> tuple[GraphRecord, ...]:
-        """All its records."""
+        """The records of all its graphs."""
         return tuple(record for records in self.records.values() for record in records)
 
     def totals(self) -> ModelTotals:
-        """What they come to."""
+        """The bytes of all its graphs."""
         report = Report(self.graphs())
         return ModelTotals(self.name, report.plain_bytes, report.fewbit_bytes)
 

@@ -59,7 +59,7 @@ def apply_activation(name: str, x: Tensor, bits: int, inplace: bool = False, **a
 
 
 def apply_function(function: Pointwise, x: Tensor, bits: int, coded: CodedDerivative | None = None) -> Tensor:
-    """The same for any pointwise function. Raises as :func:`fewbit_fx.codebook` does.
+    """Any pointwise function with b bits per element saved. It raises what :func:`fewbit_fx.codebook` raises.
 
     Args:
         function: Pointwise, hashable, and equal for equal functions.

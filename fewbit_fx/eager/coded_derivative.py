@@ -41,7 +41,7 @@ class Activation:
         return {k: float(v) for k, v in self.arguments if k in _THRESHOLDS.get(self.name, ())}
 
     def rounded(self, dtype: torch.dtype) -> Activation:
-        """The same with its thresholds rounded to a dtype."""
+        """The activation with its thresholds rounded to a dtype."""
         rounded = {k: torch.tensor(v, dtype=dtype).item() for k, v in self.thresholds().items()}
         return Activation(self.name, tuple({**dict(self.arguments), **rounded}.items()))
 

@@ -39,7 +39,7 @@ from fewbit_fx.torch_private.modes import mode_of, runs_compiled
 
 @dataclass(frozen=True)
 class MemoryForm:
-    """All of a tensor but its values.
+    """Shape, order in memory, dtype and device of a tensor.
 
     Attributes:
         shape: Its shape.

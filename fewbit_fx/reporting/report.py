@@ -18,12 +18,12 @@ _RELATIVE_ERROR = (
 
 @dataclass(frozen=True)
 class ModelTotals:
-    """What another model came to, or several whose totals are equal.
+    """The bytes of another model, or of several models with equal bytes.
 
     Attributes:
         name: Class of the module, or name of the function, that was compiled.
         plain_bytes: Bytes saved for the backward of one under plain torch.compile.
-        fewbit_bytes: The same under fewbit.
+        fewbit_bytes: Bytes saved for the backward of one under fewbit.
         count: How many models.
     """
 
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def fewbit_bytes(self) -> int:
-        """The same under fewbit."""
+        """Bytes saved for the backward under fewbit, without parameters and buffers."""
         return sum(graph.fewbit_bytes for graph in self.graphs)
 
     @property

@@ -20,7 +20,7 @@ def compile_id() -> str:
 
 
 def compiled_callable() -> Callable[..., Any] | None:
-    """What was handed to torch.compile, of the compilation under way, or None if that is not found.
+    """Find what was handed to torch.compile in the compilation under way; None if it is not found.
 
     Dynamo does not tell a backend. But the wrapper that torch.compile returns is on the stack, and holds it in
     its free variable ``fn``: a function or, of a module, a bound method. Modules whose forward is torch's own are

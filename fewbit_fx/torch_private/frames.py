@@ -9,7 +9,7 @@ from typing import Any
 
 
 def with_own_code_object(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own, so that nothing compiled for others counts or changes.
+    """Copy a function with a code object of its own, so that Dynamo's caches and limits for others do not concern it.
 
     Args:
         function: A plain function, without default arguments.

@@ -26,7 +26,7 @@ __all__ = [
 
 
 def cache_folder() -> str:
-    """Where Inductor keeps its caches."""
+    """The folder of Inductor's caches."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return cache_dir()
@@ -112,7 +112,7 @@ def partition_only(
     example_inputs: Sequence[Any],
     partitioner: CustomPartitionerFn,
 ) -> Callable[..., Any]:
-    """The same way of a graph up to and with the partition, then plain ATen instead of kernels."""
+    """Take a graph through AOTAutograd and the partition as Inductor would, and run it by plain ATen operations."""
     from torch._inductor.compile_fx import compile_fx
 
     def run_eagerly(graph: fx.GraphModule, _inputs: Sequence[Any], **_kwargs: Any) -> Any:

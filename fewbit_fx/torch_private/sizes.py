@@ -35,7 +35,7 @@ def nbytes(node: fx.Node) -> int:
 
 
 def storage_key(node: fx.Node) -> object:
-    """The same for two nodes exactly if they are views of one storage."""
+    """A key of the storage of a node's value: equal for two nodes exactly if they are views of one storage."""
     value = node.meta.get("val")
     if isinstance(value, FakeTensor):
         return value.untyped_storage()._cdata  # fake storages have no data_ptr to compare

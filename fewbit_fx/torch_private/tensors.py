@@ -1,4 +1,4 @@
-"""What kind of tensor one is, and who keeps it."""
+"""Kinds of tensors, and which operation keeps a tensor alive."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_plain(x: Tensor) -> bool:
 
 
 def version(x: Tensor) -> int:
-    """How often a tensor has been written to."""
+    """The number of times that a tensor was written to."""
     return x._version
 
 

@@ -1,4 +1,4 @@
-"""What representations have in common that store bit planes of a tensor's own shape."""
+"""The common part of representations that store bit planes of a tensor."""
 
 from __future__ import annotations
 

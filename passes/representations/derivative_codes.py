@@ -85,7 +85,7 @@ class DerivativeCodes(BitPlanes):
 
     @property
     def relative_error(self) -> float:
-        """Of the derivative, over the codebook's density."""
+        """The codebook's: of the derivative, over the density that it was fitted for."""
         return self.scheme.codebook.relative_error
 
     @property

@@ -16,7 +16,7 @@ from ..sites import Site
 
 
 class Encode(ABC):
-    """From the value of ``Site.stored`` to the tensors to save.
+    """Turns the value of ``Site.stored`` into the tensors to save.
 
     A frozen dataclass of all that it computes with. It is traced into the forward, and equal ones share a trace,
     and the saved tensors too where the value is one node's.
@@ -28,7 +28,7 @@ class Encode(ABC):
 
 
 class Decode(ABC):
-    """From the saved tensors to the value that is put in place of ``Site.replaced``.
+    """Turns the saved tensors into the value that is put in place of ``Site.replaced``.
 
     A frozen dataclass of all that it computes with; it is traced into the backward, and equal ones share a trace.
     """

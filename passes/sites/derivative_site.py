@@ -13,7 +13,7 @@ from .site import Site
 
 
 class Origin(Enum):
-    """Where the gradient that enters a site comes from.
+    """The place that the gradient entering a site comes from.
 
     LAYER: from what follows in the model, such as a matrix product.
     BROADCAST: from fewer numbers, through nothing but pointwise operations: the site is a loss's derivative.

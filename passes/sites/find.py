@@ -106,7 +106,7 @@ class _Region:
         return floats[-1] if floats else None
 
     def program(self) -> set[fx.Node]:
-        """All that leads from the source and the entry to the exit."""
+        """The nodes that lead from the source and the entry to the exit."""
         nodes = set(self.nodes)
         todo = list(self.factors) + [n for m in self.nodes for n in m.all_input_nodes if _is_constant(n)]
         while todo:
@@ -277,7 +277,7 @@ def _is_gate(region: _Region, backward: set[fx.Node]) -> bool:
 
 
 def _origin(entry: fx.Node, backward: set[fx.Node]) -> Origin:
-    """Where a gradient comes from; what is no pointwise operation and moves more than elements is a layer."""
+    """Find where a gradient comes from. What is not pointwise, and does more than move elements, counts as a layer."""
     reached = closure([entry], lambda n: [i for i in n.all_input_nodes if i in backward])
     if not all(n.op == "placeholder" or is_pointwise(n) or n.target in MOVEMENTS for n in reached):
         return Origin.LAYER

@@ -45,7 +45,7 @@ class MaskSite(Site):
 
     @property
     def coded_inputs(self) -> tuple[fx.Node, ...]:
-        """None: the mask follows from its code alone."""
+        """Nothing, because the mask follows from its code alone."""
         return ()
 
     @property
