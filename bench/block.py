@@ -29,11 +29,11 @@ from bench.command import (
     parser_of,
     seconds_flag,
 )
-from bench.gpt import MLP, Block, GPTConfig
 from bench.measure import what_happened
 from bench.timing import Clock, Timing, clock_for, compare
+from bench.transformer import MLP, Block, BlockConfig
 
-BLOCKS: dict[str, Callable[[GPTConfig], nn.Module]] = {"mlp": MLP, "transformer": Block}
+BLOCKS: dict[str, Callable[[BlockConfig], nn.Module]] = {"mlp": MLP, "transformer": Block}
 TRAINING = ("full", "frozen")
 HEAD_WIDTH = 64
 SEED = 0
@@ -74,7 +74,7 @@ class Case:
     def module(self) -> nn.Module:
         """The block at its seed's initial weights."""
         torch.manual_seed(SEED)
-        module = BLOCKS[self.block](GPTConfig(width=self.width, heads=self.width // HEAD_WIDTH))
+        module = BLOCKS[self.block](BlockConfig(width=self.width, heads=self.width // HEAD_WIDTH))
         for part in module.modules():
             trained = self.training == "full" or isinstance(part, nn.LayerNorm)
             for parameter in part.parameters(recurse=False):
