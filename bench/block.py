@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the flags, measure, and show."""
     parser = _parser()
     flags = parser.parse_args(arguments)
-    command = Command.started("block", arguments, flags)
+    command = Command.started("block", arguments, flags, [f"bits {flags.bits}", f"{flags.seconds:g} s a case"])
     cases, rows = _cases(flags), []
     with command.progress(len(cases)) as show:
         for i, case in enumerate(cases):
@@ -159,8 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 flags.seconds,
                 lambda share, i=i, case=case: show(str(case), i + share),
             )
-    notes = [f"bits {flags.bits}", f"{flags.seconds:g} s a case"]
-    command.finish(_table(rows), {"bits": flags.bits, "rows": [asdict(row) for row in rows]}, notes)
+    command.finish(_table(rows), {"bits": flags.bits, "rows": [asdict(row) for row in rows]})
 
 
 def _parser() -> argparse.ArgumentParser:

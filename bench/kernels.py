@@ -79,14 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS), help="which blocks (default all)")
     flags = parser.parse_args(arguments)
-    command = Command.started("kernels", arguments, flags)
+    command = Command.started("kernels", arguments, flags, ["sm_90, offline", f"{TOKENS} x {WIDTH}"])
     cases, rows = list(_cases(flags)), []
     with command.progress(len(cases)) as show:
         for i, (block, dtype, bits) in enumerate(cases):
             show(f"{block} {dtype}", i)
             generated = _generated(block, dtype, bits)
             rows.append(Row(block, dtype, bits, Pass.of(generated.forward), Pass.of(generated.backward)))
-    command.finish(_table(rows), {"rows": [asdict(row) for row in rows]}, ["sm_90, offline", f"{TOKENS} x {WIDTH}"])
+    command.finish(_table(rows), {"rows": [asdict(row) for row in rows]})
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {

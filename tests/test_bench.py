@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fewbit_fx
-from bench import block, compile_time, operator, step
+from bench import block, compile_time, measure, operator, step
 from bench.compile_time import Compilation
 from bench.measure import in_fresh_process, what_happened
 from bench.timing import MIN_ROUNDS, compare
@@ -196,7 +196,7 @@ def test_training_in_full_and_frozen() -> None:
 
 
 def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "in_fresh_process", in_this_process)
+    monkeypatch.setattr(measure, "in_fresh_process", in_this_process)
     data = run("step", "--layers 1 --batch 1 --sequence 32 --lora --bits 2 --seconds 0.01", tmp_path)
     results = data["results"]
     assert data["settings"]["dtype"] == "float32"
