@@ -1,6 +1,7 @@
-# make demo    train a small GPT with and without fewbit (about 5 minutes)
-# make test    the tests
-# make lint    ruff and mypy
+# make demo       train a small GPT with and without fewbit (about 5 minutes)
+# make test       the tests
+# make lint       ruff and mypy
+# make results    the README's tables, made anew from bench/results (measures nothing)
 # Another torch: TORCH=2.15.0 make test (in a virtual environment of its own)
 
 TORCH ?=
@@ -10,7 +11,7 @@ VENV := .venv$(if $(TORCH),-torch$(TORCH))
 BIN := $(VENV)/bin
 FLAGS ?=
 
-.PHONY: demo test lint
+.PHONY: demo test lint results
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -18,6 +19,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest tests $(FLAGS)
+
+results: $(VENV)/installed
+	$(BIN)/python -m bench.readme_tables
 
 # Types are checked on the packages as they are installed, where passes/ is fewbit_fx.passes.
 lint: $(VENV)/installed

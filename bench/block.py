@@ -29,11 +29,11 @@ from bench.command import (
     parser_of,
     seconds_flag,
 )
-from bench.gpt import MLP, Block, GPTConfig
 from bench.measure import what_happened
 from bench.timing import Clock, Timing, clock_for, compare
+from bench.transformer import MLP, Block, BlockConfig
 
-BLOCKS: dict[str, Callable[[GPTConfig], nn.Module]] = {"mlp": MLP, "transformer": Block}
+BLOCKS: dict[str, Callable[[BlockConfig], nn.Module]] = {"mlp": MLP, "transformer": Block}
 TRAINING = ("full", "frozen")
 HEAD_WIDTH = 64
 SEED = 0
@@ -74,7 +74,7 @@ class Case:
     def module(self) -> nn.Module:
         """The block at its seed's initial weights."""
         torch.manual_seed(SEED)
-        module = BLOCKS[self.block](GPTConfig(width=self.width, heads=self.width // HEAD_WIDTH))
+        module = BLOCKS[self.block](BlockConfig(width=self.width, heads=self.width // HEAD_WIDTH))
         for part in module.modules():
             trained = self.training == "full" or isinstance(part, nn.LayerNorm)
             for parameter in part.parameters(recurse=False):
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the flags, measure, and show."""
     parser = _parser()
     flags = parser.parse_args(arguments)
-    command = Command.started("block", arguments, flags)
+    command = Command.started("block", arguments, flags, [f"bits {flags.bits}", f"{flags.seconds:g} s a case"])
     cases, rows = _cases(flags), []
     with command.progress(len(cases)) as show:
         for i, case in enumerate(cases):
@@ -159,8 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 flags.seconds,
                 lambda share, i=i, case=case: show(str(case), i + share),
             )
-    notes = [f"bits {flags.bits}", f"{flags.seconds:g} s a case"]
-    command.finish(_table(rows), {"bits": flags.bits, "rows": [asdict(row) for row in rows]}, notes)
+    command.finish(_table(rows), {"bits": flags.bits, "rows": [asdict(row) for row in rows]})
 
 
 def _parser() -> argparse.ArgumentParser:

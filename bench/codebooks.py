@@ -89,10 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     reference = dict(np.load(flags.reference)) if flags.reference else {}
     functions = [name for name in ACTIVATIONS if name not in ("squared relu", "exp", "square")]  # unbounded
+    about = conditions(torch.device("cpu"), ["uniform weight on [-100, 100]"])
     found = list(track(compare(functions, reference), "fitting", total=len(functions) * len(BITS)))
     table = _markdown(found)
     flags.output.with_suffix(".md").write_text(table)
-    about = conditions(torch.device("cpu"), ["uniform weight on [-100, 100]"])
     data = {"conditions": about, "summary": summary(found), "comparisons": [asdict(c) for c in found]}
     flags.output.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
     console = Console()

@@ -36,6 +36,7 @@ class Command:
         output: PATH of PATH.json.
         device: What is measured.
         console: Where to show.
+        about: The conditions when it started.
     """
 
     name: str
@@ -43,13 +44,23 @@ class Command:
     output: Path
     device: torch.device
     console: Console
+    about: Mapping[str, str]
 
     @classmethod
-    def started(cls, name: str, arguments: Sequence[str] | None, flags: argparse.Namespace) -> Command:
-        """The command that was given these arguments, or None for those of the process."""
+    def started(
+        cls, name: str, arguments: Sequence[str] | None, flags: argparse.Namespace, notes: Iterable[str]
+    ) -> Command:
+        """The command that was given these arguments, or None for those of the process.
+
+        Args:
+            name: As in ``python -m bench.name``.
+            arguments: The command line.
+            flags: The same, parsed.
+            notes: The settings, such as ``bits 3``.
+        """
         given = sys.argv[1:] if arguments is None else arguments
         console = Console(width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
-        return cls(name, given, flags.output, flags.device, console)
+        return cls(name, given, flags.output, flags.device, console, conditions(flags.device, notes))
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str, float], None]]:
@@ -65,14 +76,13 @@ class Command:
             except KeyboardInterrupt:
                 self.console.print("[yellow]interrupted; this is what there is so far[/]")
 
-    def finish(self, table: Table, results: Mapping[str, Any], notes: Iterable[str]) -> None:
-        """Print the table, the conditions beneath it, and write PATH.json with both and the command line."""
+    def finish(self, table: Table, results: Mapping[str, Any]) -> None:
+        """Print the table, the conditions beneath it, and write PATH.json with the results, these and the command."""
         line = shlex.join(["python", "-m", f"bench.{self.name}", *self.arguments])
-        about = conditions(self.device, notes)
         path = self.output.with_suffix(".json")
-        path.write_text(json.dumps({"command": line, "conditions": about, **results}, indent=1) + "\n")
+        path.write_text(json.dumps({"command": line, "conditions": self.about, **results}, indent=1) + "\n")
         self.console.print(table)
-        self.console.print("  ".join(f"[dim]{k}:[/] {v}" for k, v in about.items()))
+        self.console.print("  ".join(f"[dim]{k}:[/] {v}" for k, v in self.about.items()))
         self.console.print(f"wrote {path} by [bold]{line}[/]")
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,17 +20,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import fewbit_fx
+from bench.command import DTYPES, Command, MiB, add_bits, count_flag, milliseconds, parser_of
 from bench.corpus import Corpus
 from bench.gpt import GPT, GPTConfig
-from bench.measure import conditions, held_bytes, in_fresh_process, relative_error, warm_up_the_compiler
+from bench.measure import Memory, relative_error, warm_up_the_compiler
 from bench.plot import save_plot
+from bench.timing import Timing, timings_of
 from bench.training import Batch, Runner, autocast
 
+BACKENDS = ("inductor", "fewbit")
 SEED = 0
 BATCH = 4
 BLOCK = 10  # steps that one backend takes before the other's turn
 VALIDATIONS = 5
-MiB = 2**20
+CAPTION = "±: half the distance of the quartiles"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Settings:
     def torch_dtype(self) -> torch.dtype:
         """float32, or the dtype to autocast to."""
         return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    def to_flags(self) -> list[str]:
+        """The command line that gives these settings."""
+        values = {name: value for name, value in asdict(self).items() if name != "lora"}
+        return [f"--{name}={value}" for name, value in values.items()] + ["--lora"] * self.lora
 
     def model(self) -> GPT:
         """The model at its seed's initial weights."""
@@ -79,45 +85,50 @@ class Settings:
 
 @dataclass
 class Result:
-    """What one backend came to."""
+    """What one backend came to; None is what has not been measured yet.
+
+    Attributes:
+        saved_bytes: Saved for the backward by the graphs, without parameters.
+        held_bytes, peak_bytes: See :class:`bench.measure.Memory`.
+        validation_loss: After the last step, in nats per byte.
+        timing: Of a step; the ratio is to inductor's same step.
+        compile_s: Of the first forward and backward, in seconds.
+    """
 
     saved_bytes: int | None = None
     held_bytes: int | None = None
     peak_bytes: int | None = None
     validation_loss: float | None = None
-    step_ms: float | None = None
+    timing: Timing | None = None
     compile_s: float | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the flags and run."""
-    parser = argparse.ArgumentParser(prog="bench.demo", description=__doc__)
-    parser.add_argument("--bits", type=int, default=3, help="bits per coded element, 1 to 8 (default 3)")
-    parser.add_argument("--steps", type=int, default=400, help="training steps of each run (default 400)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast")
+    parser = parser_of("demo", __doc__)
+    add_bits(parser)
+    parser.add_argument("--steps", type=count_flag, default=400, help="training steps of each run (default 400)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="bfloat16: autocast")
     parser.add_argument("--lora", action="store_true", help="train only low-rank adapters on attention")
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="PATH.png and PATH.json (default demo)")
-    parser.add_argument("--measure-memory", choices=["inductor", "fewbit"], help=argparse.SUPPRESS)
-    flags = vars(parser.parse_args(arguments))
-    output, measured = flags.pop("output"), flags.pop("measure_memory")
-    settings = Settings(**flags)
-    fewbit_fx.FewBitConfig(bits=settings.bits)  # a bad --bits fails here, not after minutes
-    if measured:
-        print(json.dumps(_memory_in_this_process(settings, measured)))
-    else:
-        Demo(settings, output).run()
+    parser.add_argument("--measure-memory", choices=BACKENDS, help=argparse.SUPPRESS)
+    flags = parser.parse_args(arguments)
+    settings = Settings(flags.bits, flags.steps, flags.device.type, flags.dtype, flags.lora)
+    if flags.measure_memory:
+        print(json.dumps(asdict(_memory_in_this_process(settings, flags.measure_memory))))
+        return
+    notes = [f"{k} {v}" for k, v in asdict(settings).items()] + [f"batch {BATCH} x {GPTConfig.context}"]
+    Demo(settings, Command.started("demo", arguments, flags, notes)).run()
 
 
 class Demo:
     """One run of the demo."""
 
-    def __init__(self, settings: Settings, output: Path) -> None:
+    def __init__(self, settings: Settings, command: Command) -> None:
         self.settings = settings
-        self.output = output
-        self.console = Console()
+        self.command = command
+        self.console = command.console
         self.corpus = Corpus.of_standard_library()
-        self.runners = [settings.runner(name, self.corpus) for name in ("inductor", "fewbit")]
+        self.runners = [settings.runner(name, self.corpus) for name in BACKENDS]
         self.results = {r.name: Result() for r in self.runners}
         self.report: fewbit_fx.Report | None = None
 
@@ -161,7 +172,7 @@ class Demo:
             tasks = {r.name: progress.add_task(r.name, total=steps, status="compiling") for r in self.runners}
             for size in _blocks(steps, milestones):
                 for runner in self.runners:
-                    started, before = time.perf_counter(), runner.steps
+                    started, before = time.perf_counter(), runner.steps  # of the line on the screen alone
 
                     def advance(loss: float, runner: Runner = runner, t: float = started, n: int = before) -> None:
                         rate = (runner.steps - n) / (time.perf_counter() - t)
@@ -174,8 +185,6 @@ class Demo:
     def _note(self, runner: Runner, validation: list[Batch] | None) -> None:
         result = self.results[runner.name]
         result.compile_s = runner.compile_time
-        if runner.step_times:
-            result.step_ms = 1e3 * statistics.median(runner.step_times)
         if validation:
             result.validation_loss = runner.validate(validation)
 
@@ -183,32 +192,30 @@ class Demo:
         """Each backend in a fresh process, so that neither sees the other's memory."""
         for name, result in self.results.items():
             self.console.print(f"measuring memory in a fresh process: {name} ...")
-            found = _memory_in_fresh_process(self.settings, name)
-            result.held_bytes, result.peak_bytes = found["held"], found["peak"]
+            memory = Memory.in_fresh_process("bench.demo", self.settings.to_flags(), name)
+            result.held_bytes, result.peak_bytes = memory.held_bytes, memory.peak_bytes
+
+    def _compare_times(self) -> None:
+        """The steps that both runs have taken, each against the same step of the other."""
+        paired = min(len(r.step_times) for r in self.runners)
+        if paired >= 2:
+            for name, timing in timings_of({r.name: r.step_times[:paired] for r in self.runners}).items():
+                self.results[name].timing = timing
 
     def _show(self) -> None:
-        say = self.console.print
+        self._compare_times()
         rows = [(name, *values) for name, *values in self._rows() if any(v != "-" for v in values[:2])]
-        table = Table("", *self.results, "fewbit against inductor", title="what fewbit bought")
+        table = Table("", *self.results, "fewbit against inductor", title="what fewbit bought", caption=CAPTION)
         for row in rows:
             table.add_row(*row)
         if self.report is not None:
             print(f"\n{self.report}\n")
-        say(table)
-        settings = [f"{k} {v}" for k, v in asdict(self.settings).items()] + [f"batch {BATCH} x {GPTConfig.context}"]
-        about = conditions(self.settings.torch_device, settings)
-        say("  ".join(f"[dim]{k}:[/] {v}" for k, v in about.items()))
-        data = {
-            "conditions": about,
-            "results": {name: asdict(result) for name, result in self.results.items()},
-            "first_step": self._first_step(),
-            "curves": {
-                r.name: {"training": asdict(r.training), "validation": asdict(r.validation)} for r in self.runners
-            },
-        }
-        self.output.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-        save_plot(self.output.with_suffix(".png"), self.runners, self.results, about)
-        say(f"wrote {self.output.with_suffix('.png')} and {self.output.with_suffix('.json')}")
+        curves = {r.name: {"training": asdict(r.training), "validation": asdict(r.validation)} for r in self.runners}
+        results = {name: asdict(result) for name, result in self.results.items()}
+        self.command.finish(table, {"results": results, "first_step": self._first_step(), "curves": curves})
+        picture = self.command.output.with_suffix(".png")
+        save_plot(picture, self.runners, self.results, self.command.about)
+        self.console.print(f"wrote {picture}")
 
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
         plain, fewbit = self.results["inductor"], self.results["fewbit"]
@@ -216,7 +223,9 @@ class Demo:
         yield _row("held after a forward (allocator)", plain.held_bytes, fewbit.held_bytes, _mib, "change")
         yield _row("peak of a step (CUDA allocator)", plain.peak_bytes, fewbit.peak_bytes, _mib, "change")
         yield _row("validation loss", plain.validation_loss, fewbit.validation_loss, lambda v: f"{v:.4f}", "change")
-        yield _row("median step", plain.step_ms, fewbit.step_ms, lambda v: f"{v:.0f} ms", "ratio")
+        if plain.timing and fewbit.timing:
+            timings = milliseconds(plain.timing), milliseconds(fewbit.timing)
+            yield "median step, ms", *timings, f"x {fewbit.timing.ratio:.2f}"
         yield _row("compile (first step, cold)", plain.compile_s, fewbit.compile_s, lambda v: f"{v:.1f} s", "ratio")
         first = self._first_step()
         if first:
@@ -257,23 +266,13 @@ def _blocks(steps: int, milestones: set[int]) -> Iterator[int]:
         done = end
 
 
-def _memory_in_this_process(settings: Settings, name: str) -> dict[str, int | None]:
-    runner = settings.runner(name, Corpus.of_standard_library())
-    batch = Corpus.of_standard_library().batch(BATCH, GPTConfig.context, torch.Generator().manual_seed(SEED))
-    runner.run(2, lambda _: None)  # compiled, and the optimizer has its state
-    held = held_bytes(lambda: runner.forward(batch), settings.torch_device)
-    peak = None
-    if settings.torch_device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(settings.torch_device)
-        runner.run(1, lambda _: None)
-        peak = torch.cuda.max_memory_allocated(settings.torch_device)
-    return {"held": held, "peak": peak}
-
-
-def _memory_in_fresh_process(settings: Settings, name: str) -> dict[str, int | None]:
-    flags = [f"--{flag}={value}" for flag, value in asdict(settings).items() if flag != "lora"]
-    flags += ["--lora"] * settings.lora + [f"--measure-memory={name}"]
-    return in_fresh_process("bench.demo", flags)  # type: ignore[no-any-return]
+def _memory_in_this_process(settings: Settings, backend: str) -> Memory:
+    corpus = Corpus.of_standard_library()
+    runner = settings.runner(backend, corpus)
+    batch = corpus.batch(BATCH, GPTConfig.context, torch.Generator().manual_seed(SEED))
+    return Memory.of_training(
+        lambda: runner.run(1, lambda _: None), lambda: runner.forward(batch), settings.torch_device
+    )
 
 
 def _mib(value: float) -> str:

@@ -9,8 +9,9 @@ the GPU, where it takes the fastest. Counted are kernels, loads and stores, regi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from rich.table import Table
@@ -18,9 +19,8 @@ from torch import nn
 
 import fewbit_fx
 from bench.command import DTYPES, Command, bits_flag, parser_of
-from bench.gpt import MLP, GPTConfig
 from bench.offline_triton import Generated, Kernel, compile_for_sm90, generate
-from bench.plain_block import PlainBlock
+from bench.transformer import MLP, Block, BlockConfig, plain_attention
 
 ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU}
 EXACT = fewbit_fx.FewBitConfig(derivatives=False, masks=False, strict=True)
@@ -79,25 +79,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS), help="which blocks (default all)")
     flags = parser.parse_args(arguments)
-    command = Command.started("kernels", arguments, flags)
+    command = Command.started("kernels", arguments, flags, ["sm_90, offline", f"{TOKENS} x {WIDTH}"])
     cases, rows = list(_cases(flags)), []
     with command.progress(len(cases)) as show:
         for i, (block, dtype, bits) in enumerate(cases):
             show(f"{block} {dtype}", i)
             generated = _generated(block, dtype, bits)
             rows.append(Row(block, dtype, bits, Pass.of(generated.forward), Pass.of(generated.backward)))
-    command.finish(_table(rows), {"rows": [asdict(row) for row in rows]}, ["sm_90, offline", f"{TOKENS} x {WIDTH}"])
+    command.finish(_table(rows), {"rows": [asdict(row) for row in rows]})
 
 
-def _mlp(activation: str) -> nn.Module:
-    mlp = MLP(GPTConfig(width=WIDTH))
-    mlp.act = ACTIVATIONS[activation]()
-    return mlp
-
-
-BLOCKS = {
-    **{f"mlp, {name}": lambda name=name: _mlp(name) for name in ACTIVATIONS},
-    "transformer": lambda: PlainBlock(nn.GELU(), dropout=0.1, width=WIDTH),
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    **{f"mlp, {name}": partial(MLP, BlockConfig(WIDTH, activation=act)) for name, act in ACTIVATIONS.items()},
+    "transformer": partial(Block, BlockConfig(WIDTH, attention=plain_attention)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Measurements: bytes held after a forward, the gradient's relative error, fresh processes, the conditions."""
+"""Measurements: memory in fresh processes, the gradient's relative error, the conditions."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import ctypes
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fewbit_fx
+from bench.machine import CHECKOUT, commit, processor, versions
 from fewbit_fx.reporting.words import action, because
 
-_CHECKOUT = Path(__file__).parent.parent
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -41,6 +40,43 @@ def held_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
         held = sum(event.self_cpu_memory_usage for event in profiled.key_averages())
     del result
     return held
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of one model's training, in a process of its own.
+
+    Attributes:
+        held_bytes: Given out during a forward and not got back when it returned.
+        peak_bytes: Peak of a step by CUDA's allocator, with weights, gradients and the optimizer's state; None on
+            the CPU.
+    """
+
+    held_bytes: int
+    peak_bytes: int | None
+
+    @classmethod
+    def of_training(cls, step: Callable[[], object], forward: Callable[[], Tensor], device: torch.device) -> Memory:
+        """Measure here, from the third step on: the model is compiled, and the optimizer has its state."""
+        for _ in range(2):
+            step()
+        peak = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            step()
+            peak = torch.cuda.max_memory_allocated(device)
+        return cls(held_bytes(forward, device), peak)
+
+    @classmethod
+    def in_fresh_process(cls, module: str, flags: Sequence[str], backend: str) -> Memory:
+        """The same, by a process that sees no other model's memory.
+
+        Args:
+            module: A command with the flag --measure-memory, which prints a memory's fields as JSON.
+            flags: Its other flags.
+            backend: ``inductor`` or ``fewbit``.
+        """
+        return cls(**in_fresh_process(module, [*flags, f"--measure-memory={backend}"]))
 
 
 def flat_gradient(model: nn.Module) -> Tensor:
@@ -79,7 +115,7 @@ def in_fresh_process(module: str, flags: Sequence[str], environment: Mapping[str
     """
     command = [sys.executable, "-m", module, *flags]
     variables = {**os.environ, **(environment or {})}
-    done = subprocess.run(command, cwd=_CHECKOUT, env=variables, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=CHECKOUT, env=variables, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -102,22 +138,16 @@ def keep_freed_memory() -> bool:
 
 
 def conditions(device: torch.device, notes: Iterable[str]) -> dict[str, str]:
-    """What a reader needs to know to compare figures."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"CPU {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    try:
-        import triton
+    """What a reader needs to know to compare figures; to be taken before a measurement, as files may change meanwhile.
 
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "none"
+    Args:
+        device: What is measured.
+        notes: The settings, such as ``bits 3``.
+    """
     return {
-        "device": name,
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "python": platform.python_version(),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        **versions(),
         "date": datetime.date.today().isoformat(),
         "settings": ", ".join(notes),
     }

@@ -246,17 +246,17 @@ def _row(case: Case, candidate: Candidate, timings: Mapping[str, Mapping[str, Ti
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the flags, measure, and show."""
     flags = _parser().parse_args(arguments)
-    command = Command.started("operator", arguments, flags)
+    kept = flags.device.type == "cpu" and keep_freed_memory()
+    notes = [f"{flags.seconds:g} s a case", *(["malloc keeps freed memory"] if kept else [])]
+    command = Command.started("operator", arguments, flags, notes)
     clock = clock_for(command.device)
-    kept = command.device.type == "cpu" and keep_freed_memory()
     cases, rows = list(_cases(flags)), []
     with command.progress(len(cases)) as show:
         for i, case in enumerate(cases):
             rows += measure(
                 case, command.device, clock, flags.seconds, lambda share, i=i, c=case: show(str(c), i + share)
             )
-    notes = [f"{flags.seconds:g} s a case", *(["malloc keeps freed memory"] if kept else [])]
-    command.finish(_table(rows), {"rows": [asdict(row) for row in rows]}, notes)
+    command.finish(_table(rows), {"rows": [asdict(row) for row in rows]})
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,7 +33,7 @@ from bench.command import (
 )
 from bench.corpus import Corpus
 from bench.gpt import GPT, GPTConfig
-from bench.measure import held_bytes, in_fresh_process, what_happened
+from bench.measure import Memory, what_happened
 from bench.timing import Timing, clock_for, compare
 from bench.training import Batch, autocast
 
@@ -164,36 +164,10 @@ class Step:
             return self._compiled(*next(self._batches))
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Memory of one backend in a process of its own.
-
-    Attributes:
-        held_bytes: Given out during a forward and not got back when it returned.
-        peak_bytes: Peak of a step by CUDA's allocator, with weights, gradients and AdamW's state; None on the CPU.
-    """
-
-    held_bytes: int
-    peak_bytes: int | None
-
-    @classmethod
-    def in_this_process(cls, settings: Settings, backend: str) -> Memory:
-        """Measure a third step: compiled, and AdamW has its state."""
-        device = torch.device(settings.device)
-        step = Step(settings, fewbit_fx.backend(bits=settings.bits, strict=True) if backend == "fewbit" else backend)
-        for _ in range(2):
-            step()
-        if device.type != "cuda":
-            return cls(held_bytes(step.forward, device), None)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        peak = torch.cuda.max_memory_allocated(device)
-        return cls(held_bytes(step.forward, device), peak)
-
-    @classmethod
-    def in_fresh_process(cls, settings: Settings, backend: str) -> Memory:
-        """The same, by a process that sees no other model's memory."""
-        return cls(**in_fresh_process("bench.step", [*settings.to_flags(), f"--measure-memory={backend}"]))
+def memory_in_this_process(settings: Settings, backend: str) -> Memory:
+    """Memory of training with a backend, in a process that has compiled no model so far."""
+    step = Step(settings, fewbit_fx.backend(bits=settings.bits, strict=True) if backend == "fewbit" else backend)
+    return Memory.of_training(step, step.forward, torch.device(settings.device))
 
 
 @dataclass
@@ -229,7 +203,7 @@ def measure(settings: Settings, command: Command, seconds: float, memory: bool) 
         del steps
         for i, name in enumerate(BACKENDS if memory else (), 1):
             show(f"measuring memory in a fresh process: {name}", i)
-            results.memory[name] = Memory.in_fresh_process(settings, name)
+            results.memory[name] = Memory.in_fresh_process("bench.step", settings.to_flags(), name)
     return results
 
 
@@ -242,12 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if flags.measure_memory:
-        print(json.dumps(asdict(Memory.in_this_process(settings, flags.measure_memory))))
+        print(json.dumps(asdict(memory_in_this_process(settings, flags.measure_memory))))
         return
-    command = Command.started("step", arguments, flags)
-    results = measure(settings, command, flags.seconds, flags.memory)
     notes = [f"{name} {value}" for name, value in asdict(settings).items()]
-    command.finish(_table(results), {"settings": asdict(settings), "results": asdict(results)}, notes)
+    command = Command.started("step", arguments, flags, notes)
+    results = measure(settings, command, flags.seconds, flags.memory)
+    command.finish(_table(results), {"settings": asdict(settings), "results": asdict(results)})
 
 
 def _parser() -> argparse.ArgumentParser:

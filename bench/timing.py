@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,8 +79,18 @@ def compare(
             spent += taken
             times[name].append(taken / calls[name])
         advance(min(1.0, spent / seconds, (done + 1) / MIN_ROUNDS))
+    return timings_of(times, calls)
+
+
+def timings_of(times: Mapping[str, Sequence[float]], calls: Mapping[str, int] | None = None) -> dict[str, Timing]:
+    """A timing for each candidate from its times by round, of which two at least are needed.
+
+    Args:
+        times: Mean seconds of a call, by candidate and round; the first candidate is what the others are compared with.
+        calls: In each of a candidate's turns; 1 where it is not said.
+    """
     reference = next(iter(times.values()))
-    return {name: _timing(name, calls[name], series, reference) for name, series in times.items()}
+    return {name: _timing(name, (calls or {}).get(name, 1), series, reference) for name, series in times.items()}
 
 
 def clock_for(device: torch.device) -> Clock:
@@ -119,7 +129,7 @@ def _rotated(names: list[str], by: int) -> list[str]:
     return names[start:] + names[:start]
 
 
-def _timing(name: str, calls: int, times: list[float], reference: list[float]) -> Timing:
+def _timing(name: str, calls: int, times: Sequence[float], reference: Sequence[float]) -> Timing:
     lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
     ratio = statistics.median(own / other for own, other in zip(times, reference, strict=True))
     return Timing(name, calls, len(times), median, lower, upper, ratio)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.measure import flat_gradient
+from bench.timing import clock_for
 
 Batch = tuple[Tensor, Tensor]
 PEAK_LEARNING_RATE = 2e-3  # warmed up to, then annealed to nothing
@@ -34,10 +34,11 @@ class Curve:
 
 
 class Runner:
-    """A model, its optimizer, its random state and its clock.
+    """A model, its optimizer, its random state and the times of its steps.
 
     Two runners made from one model and one seed see the same batches and draw the same dropout
-    masks, however their steps are interleaved.
+    masks, however their steps are interleaved. Each step is timed where it is taken, by the clock of
+    bench.timing but not by its compare, which would repeat it.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Runner:
         self.compile_time = float("nan")
         self.first_loss: Tensor | None = None
         self.first_gradient: Tensor | None = None
-        self._batches, self._device, self._dtype = batches, device, dtype
+        self._batches, self._device, self._dtype, self._clock = batches, device, dtype, clock_for(device)
         with self._own_randomness(seed):
             pass
 
@@ -95,31 +96,28 @@ class Runner:
 
     def _step(self) -> float:
         batch = self._batches()
-        self._synchronize()
-        start = time.perf_counter()
+        if self.first_gradient is None:
+            self.compile_time = self._clock(lambda: self._backward(batch), 1)
+            self.first_loss, self.first_gradient = self._loss.cpu(), flat_gradient(self.model)
+            self._update()
+        else:
+            self.step_times.append(self._clock(lambda: (self._backward(batch), self._update()), 1))
+        self.training.add(self.steps, float(self._loss))
+        return self.training.losses[-1]
+
+    def _backward(self, batch: Batch) -> None:
         loss = self.forward(batch)
         loss.backward()
-        if self.first_loss is None:
-            self._synchronize()
-            self.compile_time = time.perf_counter() - start
-            self.first_loss, self.first_gradient = loss.detach().cpu(), flat_gradient(self.model)
-            start = time.perf_counter()
+        self._loss = loss.detach()
+
+    def _update(self) -> None:
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._synchronize()
-        if self.steps:
-            self.step_times.append(time.perf_counter() - start)
-        self.training.add(self.steps, float(loss.detach()))
-        return self.training.losses[-1]
 
     def _to_device(self, batch: Batch) -> list[Tensor]:
         return [t.to(self._device) for t in batch]
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
     @contextlib.contextmanager
     def _own_randomness(self, seed: int | None = None) -> Iterator[None]:

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import fewbit_fx
-from bench import block, compile_time, operator, step
+from bench import block, compile_time, demo, measure, operator, step
 from bench.compile_time import Compilation
-from bench.measure import in_fresh_process, what_happened
-from bench.timing import MIN_ROUNDS, compare
+from bench.measure import Memory, in_fresh_process, what_happened
+from bench.timing import MIN_ROUNDS, compare, timings_of
 from fewbit_fx.reporting.words import action
 
-MAINS = {"operator": operator.main, "block": block.main, "step": step.main, "compile_time": compile_time.main}
+COMMANDS = (demo, operator, block, step, compile_time)
+MAINS = {command.__name__.removeprefix("bench."): command.main for command in COMMANDS}
 
 
 class FakeClock:
@@ -72,6 +73,12 @@ def test_the_ratio_survives_a_machine_that_slows_down() -> None:
     assert timings["b"].spread > 0.1
 
 
+def test_times_taken_elsewhere_are_compared_round_by_round() -> None:
+    timings = timings_of({"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 2.0]})
+    assert (timings["b"].median_s, timings["b"].ratio) == (2.0, 1.0)
+    assert (timings["b"].calls, timings["b"].rounds) == (1, 3)
+
+
 def test_progress_goes_from_nothing_to_all() -> None:
     shares: list[float] = []
     compare(candidates("a"), clock=FakeClock({"a": 1.0}), seconds=8.0, advance=shares.append)
@@ -83,6 +90,8 @@ def test_progress_goes_from_nothing_to_all() -> None:
 @pytest.mark.parametrize(
     ("command", "flags", "message"),
     [
+        ("demo", "--bits 9", "allowed is a whole number from 1 to 8"),
+        ("demo", "--steps 0", "a whole number, at least 1"),
         ("operator", "--bits 9", "allowed is a whole number from 1 to 8"),
         ("operator", "--sizes 1000", "a multiple of 1024 elements"),
         ("operator", "--sizes 2**x", "a multiple of 1024 elements"),
@@ -111,7 +120,7 @@ def run(command: str, flags: str, folder: Path) -> dict[str, Any]:
     MAINS[command]([*flags.split(), "--output", str(output)])
     data: dict[str, Any] = json.loads(output.with_suffix(".json").read_text())
     assert data["command"] == f"python -m bench.{command} {flags} --output {output}".replace("2**13", "'2**13'")
-    assert data["conditions"]["torch"] == torch.__version__
+    assert data["conditions"].keys() >= {"commit", "device", "torch", "triton", "numpy", "python", "date", "settings"}
     return data
 
 
@@ -196,7 +205,7 @@ def test_training_in_full_and_frozen() -> None:
 
 
 def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "in_fresh_process", in_this_process)
+    monkeypatch.setattr(measure, "in_fresh_process", in_this_process)
     data = run("step", "--layers 1 --batch 1 --sequence 32 --lora --bits 2 --seconds 0.01", tmp_path)
     results = data["results"]
     assert data["settings"]["dtype"] == "float32"
@@ -221,6 +230,18 @@ def test_step_of_roberta() -> None:
 def test_settings_survive_the_way_to_another_process() -> None:
     settings = step.Settings("gpt", 3, 2, 128, bits=4, dtype="bfloat16", lora=True, device="cpu")
     assert step.Settings.of(step._parser().parse_args(settings.to_flags())) == settings
+
+
+def test_memory_is_measured_from_the_third_step_on() -> None:
+    calls: list[str] = []
+
+    def forward() -> torch.Tensor:
+        calls.append("forward")
+        return torch.ones(1024)
+
+    memory = Memory.of_training(lambda: calls.append("step"), forward, torch.device("cpu"))
+    assert calls == ["step", "step", "forward"]
+    assert memory == Memory(held_bytes=4096, peak_bytes=None)
 
 
 def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

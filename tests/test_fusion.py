@@ -20,7 +20,7 @@ if not hasattr(torch._inductor.config, "loop_reindexing_after_fusion"):
         allow_module_level=True,
     )
 from bench.offline_triton import Generated, compile_for_sm90, generate
-from bench.plain_block import PlainBlock
+from bench.transformer import Block, BlockConfig, plain_attention
 
 PLAIN = FewBitConfig(derivatives=False, masks=False, strict=True)
 
@@ -86,10 +86,10 @@ def test_surroundings(name: str, frozen: bool) -> None:
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_transformer_block(dtype: torch.dtype, dropout: float, lora: bool) -> None:
     """Layer norm, residual sums, dropout: the same number of kernels, forward and backward."""
-    block = PlainBlock(F.gelu, dropout)
+    block = Block(BlockConfig(dropout=dropout, attention=plain_attention))
     if lora:
         for name, parameter in block.named_parameters():
-            parameter.requires_grad_(name.startswith(("qkv", "out")))
+            parameter.requires_grad_(name.startswith("attention"))
     plain, fewbit = both(block, (8, 256, 256), dtype)
     assert [action(s) for s in fewbit.record.sites if s.function == "gelu"] == ["coded in 3 bits"]
     assert fewbit.record.fewbit_bytes < 0.9 * fewbit.record.plain_bytes

@@ -1,0 +1,61 @@
+"""Make the README's tables from the files in bench/results.
+
+python -m bench.readme_tables
+
+A table stands between ``<!-- results: NAME DEVICE -->`` and ``<!-- end of results -->``, such as ``demo cpu`` and
+``speed cpu``. Beneath it is a line with the conditions of all files that it is made from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from bench import demo_table, speed_table
+from bench.machine import CHECKOUT
+from bench.result_file import File
+
+README = CHECKOUT / "README.md"
+RESULTS = CHECKOUT / "bench/results"
+BEGIN, END = "<!-- results: ", "<!-- end of results -->"
+TABLES: Mapping[str, tuple[str, Callable[[Sequence[File]], Iterator[str]]]] = {
+    "demo": ("demo_{device}_.*", demo_table.lines),
+    "speed": (f"({'|'.join(speed_table.RATIOS)}).*_{{device}}", speed_table.lines),
+}
+"""By name: the names of the files that a table is made from, and how."""
+_BLOCK = re.compile(rf"({BEGIN}(\w+) (\w+) -->\n).*?({END})", re.DOTALL)
+
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """The text with each table made anew from a folder's files; all else is left as it is.
+
+    Raises:
+        ValueError: A marker names no table or has no end, or there is no file to make its table from.
+    """
+    if text.count(BEGIN) != len(_BLOCK.findall(text)):
+        raise ValueError(f"a marker is not of the form {BEGIN}NAME DEVICE --> ... {END}")
+    return _BLOCK.sub(lambda found: f"{found[1]}{_table(found[2], found[3], folder)}\n{found[4]}", text)
+
+
+def _table(name: str, device: str, folder: Path) -> str:
+    if name not in TABLES:
+        raise ValueError(f"there is no table {name!r}; allowed is {' or '.join(TABLES)}")
+    pattern, make = TABLES[name]
+    paths = sorted(path for path in folder.glob("*.json") if re.fullmatch(pattern.format(device=device), path.stem))
+    if not paths:
+        raise ValueError(f"no file in {folder.name} is named {pattern.format(device=device)}.json")
+    return "\n".join(make([File(path.stem, json.loads(path.read_text())) for path in paths]))
+
+
+def main() -> None:
+    """Write the README with its tables made anew."""
+    before = README.read_text()
+    after = render(before)
+    README.write_text(after)
+    print(f"{README.name}: {'as it was' if after == before else 'tables made anew'}")
+
+
+if __name__ == "__main__":
+    main()
