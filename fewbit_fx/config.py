@@ -37,6 +37,14 @@ class FewBitConfig:
     Raises:
         TypeError: An option of the wrong type; the message names option, value and what is allowed.
         ValueError: An option outside its range; likewise.
+
+    Example:
+        >>> from fewbit_fx import FewBitConfig
+        >>> FewBitConfig(bits=2).updated({"skip": "head"}).skip
+        ('head',)
+        >>> FewBitConfig(bits=9)
+        Traceback (most recent call last):
+        ValueError: fewbit option 'bits' is 9 (int); allowed is a whole number from 1 to 8
     """
 
     bits: int = _option(3, "bits per element", "size of the code of a derivative, 1 to 8")

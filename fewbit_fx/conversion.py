@@ -50,6 +50,14 @@ def convert(model: nn.Module, bits: int = 3) -> dict[str, nn.Module | Callable[.
 
     Raises:
         TypeError, ValueError: ``bits`` is not allowed.
+
+    Example:
+        >>> import torch, fewbit_fx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+        >>> fewbit_fx.convert(model, bits=2)
+        {'1': GELU(approximate='none')}
+        >>> model[1]
+        GELU(approximate='none', bits=2)
     """
     FewBitConfig(bits=bits)
     replaced: dict[str, nn.Module | Callable[..., Any]] = {}

@@ -53,7 +53,18 @@ def selu(input: Tensor, inplace: bool = False, *, bits: int = _BITS) -> Tensor:
 
 
 def gelu(input: Tensor, approximate: str = "none", *, bits: int = _BITS) -> Tensor:
-    """:func:`torch.nn.functional.gelu`, exact (``"none"``) or by ``"tanh"``."""
+    """:func:`torch.nn.functional.gelu`, exact (``"none"``) or by ``"tanh"``.
+
+    Example:
+        >>> import torch, fewbit_fx
+        >>> x = torch.linspace(-3, 3, 1024, requires_grad=True)
+        >>> y = fewbit_fx.functional.gelu(x, bits=2)
+        >>> torch.equal(y, torch.nn.functional.gelu(x))
+        True
+        >>> y.sum().backward()
+        >>> x.grad.unique().numel()  # levels
+        4
+    """
     return apply_activation("gelu", input, bits, approximate=approximate)
 
 

@@ -45,6 +45,15 @@ class Pointwise(_FewBit):
     Raises:
         NotCodableError: A ValueError: the derivative is unbounded, undefined or constant.
         ValueError: The function fails on a float64 tensor, or is not pointwise.
+
+    Example:
+        >>> import torch, fewbit_fx
+        >>> snake = fewbit_fx.nn.Pointwise(lambda x: x + torch.sin(x) ** 2, bits=2)
+        >>> snake(torch.zeros(3))
+        tensor([0., 0., 0.])
+        >>> fewbit_fx.nn.Pointwise(torch.exp)
+        Traceback (most recent call last):
+        fewbit_fx.codebooks.sampling.NotCodableError: its derivative grows without bound
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor], bits: int = 3) -> None:
@@ -100,7 +109,16 @@ class SELU(_FewBit, nn.SELU):
 
 
 class GELU(_FewBit, nn.GELU):
-    """:class:`torch.nn.GELU`."""
+    """:class:`torch.nn.GELU`.
+
+    Example:
+        >>> import torch, fewbit_fx
+        >>> fewbit_fx.nn.GELU(approximate="tanh", bits=2)
+        GELU(approximate='tanh', bits=2)
+        >>> x = torch.randn(4, 8)
+        >>> torch.equal(fewbit_fx.nn.GELU()(x), torch.nn.GELU()(x))
+        True
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""

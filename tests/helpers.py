@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fewbit_fx.codebooks.density import Typical
 from fewbit_fx.codebooks.fitting import Codebook, fit_codebook
@@ -27,13 +27,17 @@ STRICT = FewBitConfig(strict=True, min_numel=0)
 
 @dataclass
 class Seen:
-    """One run of the partitioner on a real joint graph."""
+    """One run of the partitioner on a real joint graph.
+
+    ``inputs`` are those of Dynamo's graph, to which the placeholders ``primals_1``, ``primals_2``, ... belong.
+    """
 
     sites: list[Site]
     plain: Partition
     chosen: Partition
     record: GraphRecord
     output: Any
+    inputs: list[Any]
 
     def happened(self, function: str) -> list[SiteRecord]:
         return [s for s in self.record.sites if s.function == function]
@@ -48,18 +52,20 @@ def watch(function: Callable[..., Any], *args: Any, config: FewBitConfig = STRIC
     torch.compiler.reset()  # or Dynamo makes symbols of numbers that differ between modules
     records: list[GraphRecord] = []
     seen: list[tuple[list[Site], Partition, Partition]] = []
+    given: list[Any] = []
 
     def observe(work: Work) -> None:
         seen.append((list(work.sites), work.plain.copy(), work.chosen))
 
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        given[:] = inputs
+        return partition_only(gm, inputs, partitioner)
+
     partitioner = FewBitPartitioner(config, records.append, observe=observe)
-    compiled = torch.compile(
-        function, backend=lambda gm, inputs: partition_only(gm, inputs, partitioner), dynamic=dynamic
-    )
-    output = compiled(*args)
+    output = torch.compile(function, backend=backend, dynamic=dynamic)(*args)
     (record,) = records
     (sites, plain, chosen) = seen[-1]
-    return Seen(sites, plain, chosen, record, output)
+    return Seen(sites, plain, chosen, record, output, given)
 
 
 def check_sums(record: GraphRecord) -> None:

@@ -72,6 +72,14 @@ class Normal:
     Attributes:
         mean: The mean of x.
         std: Standard deviation of x, above 0.
+
+    Example:
+        >>> import fewbit_fx
+        >>> narrow, wide = (fewbit_fx.density.Normal(0, std) for std in (0.01, 2))
+        >>> [round(level, 2) for level in fewbit_fx.codebook("gelu", 1, narrow).levels]
+        [0.49, 0.51]
+        >>> [round(level, 2) for level in fewbit_fx.codebook("gelu", 1, wide).levels]
+        [0.02, 0.98]
     """
 
     mean: float = 0.0

@@ -29,6 +29,14 @@ def codebook(function: str | Pointwise, bits: int, density: Density | Tensor | s
             varies. A density that says where x lies by itself (Normal, Observed, a fixed interval)
             also takes a derivative that is unbounded elsewhere.
         ValueError, TypeError: An unknown name, a function that is not pointwise, or a bad option.
+
+    Example:
+        >>> import torch, fewbit_fx
+        >>> book = fewbit_fx.codebook("gelu", 1)
+        >>> [round(level, 3) for level in book.levels], round(book.relative_error, 2)
+        ([0.001, 0.999], 0.21)
+        >>> fewbit_fx.codebook(torch.relu, 3).levels  # as many as are exact
+        (0.0, 1.0)
     """
     FewBitConfig(bits=bits)  # raises as every other use of the option does
     if isinstance(density, str):

@@ -66,6 +66,20 @@ def bisect(
     Raises:
         ValueError: The check fails even where every site is left exact: then it is not fewbit's codes.
         TypeError, ValueError: An unknown option, or one with a value that is not allowed.
+
+    Example:
+        >>> import torch, fewbit_fx
+        >>> def is_good(backend):
+        ...     torch.manual_seed(0)
+        ...     layers = torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 64), torch.nn.Tanh()
+        ...     model = torch.nn.Sequential(*layers, torch.nn.Linear(64, 8)).requires_grad_(False)
+        ...     x = torch.randn(128, 32, requires_grad=True)
+        ...     torch.compile(model, backend=backend)(x).sum().backward()
+        ...     (exact,) = torch.autograd.grad(model(x).sum(), x)
+        ...     return bool((x.grad - exact).norm() < 0.1 * exact.norm())
+        >>> found = fewbit_fx.bisect(is_good, bits=2)
+        >>> found.sites, found.culprits
+        (('3.tanh', '1.gelu'), ('1.gelu',))
     """
     run = _Runs(check, mode, dict(options or {}), fewbit, progress)
     if run.passes(()):

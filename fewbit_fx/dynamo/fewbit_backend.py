@@ -93,6 +93,15 @@ def last_report() -> Report:
     A model is what was handed to torch.compile, with all its graphs; a recompiled graph replaces its predecessor.
     Layers that are compiled one by one are models of their own, of which those that share compiled code count once.
     Empty before the first forward that requires gradients.
+
+    Example:
+        >>> import torch, fewbit_fx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+        >>> compiled = torch.compile(model, backend="fewbit")
+        >>> compiled(torch.randn(128, 32)).sum().backward()
+        >>> report = fewbit_fx.last_report()
+        >>> report.model, report.plain_bytes, report.fewbit_bytes
+        ('Sequential', 81920, 52224)
     """
     return _all_backends.report()
 
@@ -114,6 +123,15 @@ def backend(
 
     Raises:
         TypeError, ValueError: An unknown option, or one with a value that is not allowed.
+
+    Example:
+        >>> import torch, fewbit_fx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+        >>> backend = fewbit_fx.backend(bits=2, mode="max-autotune-no-cudagraphs")
+        >>> compiled = torch.compile(model, backend=backend)
+        >>> compiled(torch.randn(128, 32)).sum().backward()
+        >>> [(site.name, site.bits) for site in backend.last_report().sites]
+        [('1.gelu', 2)]
     """
     config, inductor = split_options({**(options or {}), **fewbit}, FewBitConfig())
     return FewBitBackend(config, mode, inductor, proposals)

@@ -48,7 +48,7 @@ class RecordFile:
         """The records, under this compilation's id; none if there is no readable file of this format."""
         try:
             return [_record(data, compile_id) for data in json.loads(self._path.read_text())]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
 
 
