@@ -17,8 +17,9 @@ FLAGS ?=
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo $(FLAGS)
 
+# Two processes, for a test mostly waits for one C++ compiler. OpenMP's threads of both would wait for each other busily.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest tests $(FLAGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal $(FLAGS)
 
 results: $(VENV)/installed
 	$(BIN)/python -m bench.readme_tables

@@ -1,4 +1,7 @@
-"""Every test starts from a fresh Dynamo and a seed, with compiled kernels in a folder of the session's."""
+"""Every test starts from a fresh Dynamo and a seed, with compiled kernels in a folder of the session's.
+
+With pytest-xdist each process has a session, and so a folder, of its own: tests see no kernels of the others.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,19 @@ import pytest
 import torch
 
 SAMPLES_PASSED: Counter[str] = Counter()  # of torch's operator database, by the way they took
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its count over."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["samples_passed"] = dict(SAMPLES_PASSED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A worker of pytest-xdist is done."""
+    SAMPLES_PASSED.update(getattr(node, "workeroutput", {}).get("samples_passed", {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
