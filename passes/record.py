@@ -11,7 +11,7 @@ from torch import fx
 from fewbit_fx.torch_private.dynamo import compile_id
 from fewbit_fx.torch_private.sizes import hint
 
-from .attribution import Leftover, Share, attribute
+from .bytes_per_row import Leftover, Share, attribute
 from .graph import value_of
 from .partition import Partition
 from .pipeline import Work

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 import fewbit_fx
 from fewbit_fx import FewBitConfig
-from fewbit_fx.dynamo.record_cache import RecordFile
+from fewbit_fx.dynamo.record_file import RecordFile
 from fewbit_fx.function_cache import cached_per_function, is_weakly_referable, owner_of
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.reasons import Cause, Reason

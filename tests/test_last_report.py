@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fewbit_fx
 from fewbit_fx.dynamo import fewbit_backend
-from fewbit_fx.dynamo.history import History
+from fewbit_fx.dynamo.records_by_model import History
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.reporting.report import ModelTotals
 from fewbit_fx.torch_private.dynamo import compiled_callable

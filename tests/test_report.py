@@ -12,7 +12,7 @@ from helpers import TransformerBlock, mlp
 from torch import Tensor, nn
 
 import fewbit_fx
-from fewbit_fx.dynamo.record_cache import RecordFile
+from fewbit_fx.dynamo.record_file import RecordFile
 from fewbit_fx.reporting.words import action
 from fewbit_fx.torch_private.inductor import partition_settings
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fewbit_fx.codebooks.density import Density, Extent
 from fewbit_fx.codebooks.fitting import Array
-from fewbit_fx.codebooks.zoom import zoom
+from fewbit_fx.codebooks.near_poles import values_near_poles
 
 Function = Callable[[Array], Array]
 
@@ -89,7 +89,7 @@ def _extent(derivative: Function) -> Extent:
     if span <= 1e-9 * float(np.abs(values).max()):
         raise NotCodableError("its derivative is constant")
     extent = _where_it_varies(x, values)
-    near = zoom(lambda x: _evaluate(derivative, x), x, values)
+    near = values_near_poles(lambda x: _evaluate(derivative, x), x, values)
     near = near[~np.isnan(near)]
     # By each half of the grid: a point that happens to lie on a pole counts in one of them only.
     if any(_outside(near, half) > _NEAR_TOLERANCE for half in (values[::2], values[1::2])):

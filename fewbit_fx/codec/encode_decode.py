@@ -38,7 +38,7 @@ def bits_by_value(values: Tensor, levels: tuple[float, ...]) -> list[Tensor]:
     for position in range(count):
         step = 2 ** (count - position)
         candidates = boundaries[step // 2 - 1 :: step]
-        rank.append(values >= choose([_scalar(c, values) for c in candidates], rank))
+        rank.append(values >= select([_scalar(c, values) for c in candidates], rank))
     return [rank[0], *(torch.bitwise_xor(rank[i], rank[i + 1]) for i in range(count - 1))]
 
 
@@ -137,7 +137,7 @@ def decode_and_multiply(
     table = [_scalar(level, wide) for level in by_code(levels)]
 
     def scaled(g: Tensor, bits: Sequence[Tensor]) -> Tensor:
-        return product(g, choose_level(table, bits, guarded, mirrored)).to(dtype)
+        return product(g, select_level(table, bits, guarded, mirrored)).to(dtype)
 
     count = bits_for(levels)
     parts = [unpack(planes[i : i + count], layout, guarded) for i in range(0, len(planes), count)]
@@ -170,7 +170,7 @@ def multiply(gradient: Tensor, level: Tensor) -> Tensor:
     return torch.where(level == 0, 0.0, gradient * level)
 
 
-def choose_level(table: Sequence[Tensor], bits: Sequence[Tensor], guarded: bool, mirrored: bool = False) -> Tensor:
+def select_level(table: Sequence[Tensor], bits: Sequence[Tensor], guarded: bool, mirrored: bool = False) -> Tensor:
     """The level of each code.
 
     Args:
@@ -180,18 +180,18 @@ def choose_level(table: Sequence[Tensor], bits: Sequence[Tensor], guarded: bool,
     """
     if mirrored:
         half = len(table) // 2
-        level = choose_level(table[:half], bits[1:], guarded)
+        level = select_level(table[:half], bits[1:], guarded)
         return torch.where(bits[0], table[0] + table[half] - level, level)
     if not guarded:
-        return choose(table, bits)
+        return select(table, bits)
     *prefix, last, marked = bits
     candidates = _halved(table, last)
     reserved = sum(bit << i for i, bit in enumerate(reversed(reserved_prefix(len(prefix) + 1))))
     candidates[reserved] = torch.where(marked, float("nan"), candidates[reserved])
-    return choose(candidates, prefix)
+    return select(candidates, prefix)
 
 
-def choose(candidates: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
+def select(candidates: Sequence[Tensor], bits: Sequence[Tensor]) -> Tensor:
     """The candidate (a scalar tensor) at the index spelled by ``bits``, the most significant bit first."""
     chosen = list(candidates)
     for bit in reversed(bits):

@@ -9,9 +9,9 @@ from typing import Any
 from torch import fx
 
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.dynamo.history import History, graph_identity
 from fewbit_fx.dynamo.listener import Listener
-from fewbit_fx.dynamo.record_cache import RecordFile
+from fewbit_fx.dynamo.record_file import RecordFile
+from fewbit_fx.dynamo.records_by_model import History, graph_identity
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.pipeline import require_pass_names
 from fewbit_fx.passes.record import SiteRecord

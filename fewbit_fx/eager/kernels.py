@@ -31,7 +31,7 @@ from fewbit_fx.codec.bitplanes import (
     lanes_for,
     memory_order,
 )
-from fewbit_fx.codec.encode_decode import at_least_float32, by_code, choose_level, marked_words, multiply, unpack
+from fewbit_fx.codec.encode_decode import at_least_float32, by_code, marked_words, multiply, select_level, unpack
 from fewbit_fx.codec.scheme import CodingScheme
 from fewbit_fx.torch_private.frames import with_own_code_object
 from fewbit_fx.torch_private.modes import mode_of, runs_compiled
@@ -202,7 +202,7 @@ def _decoder(
         layout = PlaneLayout(lanes_for(gradient.device, dtype)[0])
         wide = at_least_float32(layout.blocks(gradient))
         codes = unpack(words.view(bits, -1, 1, layout.lanes).unbind(), layout, guarded)
-        level = choose_level(levels.to(wide.dtype).unbind(), codes, guarded, mirrored)
+        level = select_level(levels.to(wide.dtype).unbind(), codes, guarded, mirrored)
         return multiply(wide, level).to(dtype).view(-1)
 
     return Kernel(decoder)

@@ -20,7 +20,7 @@ _ROUNDS = 9
 _FINEST = 1e-12  # width of the last cells, relative above 1: nearer, what is seen is rounding
 
 
-def zoom(function: Callable[[Array], Array], x: Array, values: Array) -> Array:
+def values_near_poles(function: Callable[[Array], Array], x: Array, values: Array) -> Array:
     """Values of ``function`` on the grid and near where it may grow, shape (m,); NaN where it has none.
 
     Args:

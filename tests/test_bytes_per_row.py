@@ -205,7 +205,7 @@ def test_the_table_of_many_widths_is_short() -> None:
     assert len(lines) <= 25
     assert max(map(len, lines)) < 160
     (dropped,) = (line.split() for line in lines if " dropout " in line and "down.*" in line)
-    assert dropped[:2] == ["down.*.drop", "(test_attribution.py:" + dropped[1].split(":")[1]]
+    assert dropped[:2] == ["down.*.drop", "(test_bytes_per_row.py:" + dropped[1].split(":")[1]]
     assert dropped[2:6] == ["4", "dropout", "4", "shapes"]
     assert sum("small tensors" in line for line in lines) == 1
     numbers = [line.replace(",", "").split()[-3:-1] for line in lines if line.endswith(("exact", "%")) and "  " in line]
