@@ -21,7 +21,7 @@ from ..derivative import Derivative, NotEvaluableError
 from ..graph import value_of
 from ..reasons import Cause, Reason
 from ..sites import DerivativeSite, Origin, Site
-from .bit_planes import BitPlanes
+from .stored_in_planes import StoredInPlanes
 from .representation import Decision, Decode, Encode, Exact
 
 SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="derivatives")
@@ -61,7 +61,7 @@ class MultiplyByLevel(Decode):
 
 
 @dataclass(frozen=True)
-class DerivativeCodes(BitPlanes):
+class DerivativeCodes(StoredInPlanes):
     """A few-bit code of f'(x) per element, that of the nearest of the codebook's levels."""
 
     site: DerivativeSite

@@ -14,7 +14,7 @@ from fewbit_fx.config import FewBitConfig
 from ..reasons import Cause, Reason
 from ..sites import MaskSite, Site
 from ..splice import description
-from .bit_planes import BitPlanes
+from .stored_in_planes import StoredInPlanes
 from .representation import Decision, Decode, Encode, Exact
 
 SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="masks")
@@ -52,7 +52,7 @@ class Unpack(Decode):
 
 
 @dataclass(frozen=True)
-class PackedMask(BitPlanes):
+class PackedMask(StoredInPlanes):
     """One exact bit per element of a boolean tensor."""
 
     site: MaskSite

@@ -10,7 +10,7 @@ from ..graph import value_of
 from .representation import Representation
 
 
-class BitPlanes(Representation):
+class StoredInPlanes(Representation):
     """A code of ``bits`` bits per element of the site's stored tensor, in as many bit planes."""
 
     @property
