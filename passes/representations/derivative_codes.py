@@ -21,8 +21,8 @@ from ..derivative import Derivative, NotEvaluableError
 from ..graph import value_of
 from ..reasons import Cause, Reason
 from ..sites import DerivativeSite, Origin, Site
-from .stored_in_planes import StoredInPlanes
 from .representation import Decision, Decode, Encode, Exact
+from .stored_in_planes import StoredInPlanes
 
 SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="derivatives")
 PRODUCT, LOSS, PERHAPS_LOSS = Reason(Cause.PRODUCT), Reason(Cause.LOSS), Reason(Cause.PERHAPS_LOSS)

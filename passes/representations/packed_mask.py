@@ -14,8 +14,8 @@ from fewbit_fx.config import FewBitConfig
 from ..reasons import Cause, Reason
 from ..sites import MaskSite, Site
 from ..splice import description
-from .stored_in_planes import StoredInPlanes
 from .representation import Decision, Decode, Encode, Exact
+from .stored_in_planes import StoredInPlanes
 
 SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="masks")
 
