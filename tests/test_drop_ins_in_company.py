@@ -352,7 +352,9 @@ def check_torchs_own(make: Callable[[], Tensor]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("make", "at_least"), [(jagged, 10), (strided_nested, 4), (sparse, 1), (mkldnn, 2)], ids=lambda v: str(v)
+    ("make", "at_least"),
+    [(jagged, 10), (strided_nested, 4), (sparse, 1), (mkldnn, 2)],
+    ids=lambda v: getattr(v, "__name__", None),
 )
 def test_torchs_own_on_other_layouts(make: Callable[[], Tensor], at_least: int) -> None:
     assert check_torchs_own(make) >= at_least

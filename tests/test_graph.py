@@ -89,7 +89,7 @@ def test_pointwise_operations(target: Callable[..., Any]) -> None:
         prims.inductor_random.default,
         torch.mul,
     ],
-    ids=str,
+    ids=lambda target: getattr(target, "_name", target.__name__),
 )
 def test_what_is_not_pointwise(target: Callable[..., Any]) -> None:
     """Reductions, views, chance (rrelu is tagged pointwise, too), and functions that are no operators."""
@@ -109,7 +109,7 @@ def test_what_is_not_pointwise(target: Callable[..., Any]) -> None:
         (torch.empty(2), 2, False),
         (torch.empty(2), None, False),
     ],
-    ids=str,
+    ids=lambda value: f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else None,
 )
 def test_the_same_shape(one: Any, other: Any, expected: bool) -> None:
     assert same_shape(input_of(one), input_of(other)) is expected
