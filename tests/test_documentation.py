@@ -77,6 +77,7 @@ def namespace() -> dict[str, Any]:
         "x": torch.randn(128, 32, requires_grad=True),
         "my_function": torch.atan,
         "pre_activations": torch.randn(1000),
+        "check": lambda backend: backend is not None,
         "mine": propose_nothing,
         "propose_mine": propose_nothing,
     }
@@ -124,7 +125,7 @@ def test_calls_within_the_text_are_calls_that_exist() -> None:
 
 
 def test_options_within_the_text_are_options() -> None:
-    found = [code for code in inline_code() if re.fullmatch(r"options=\{.*\}|\w+=(True|False|\d+)", code)]
+    found = [code for code in inline_code() if re.fullmatch(r"options=\{.*\}|[a-z]\w+=(True|False|\d+)", code)]
     assert 'options={"skip": ["blocks.0.*", "head"]}' in found
     assert "strict=True" in found
     for code in found:
