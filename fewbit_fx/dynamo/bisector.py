@@ -35,7 +35,8 @@ class Bisection:
         return tuple(map(glob.escape, self.culprits))
 
     def __str__(self) -> str:
-        head = f"{len(self.sites)} sites are coded; the check ran {self.checks} times"
+        times = "once" if self.checks == 1 else f"{self.checks} times"
+        head = f"{len(self.sites)} sites are coded; the check ran {times}"
         if not self.culprits:
             return f"{head}. It passes with all codes."
         found = [f"{head}. It passes with these sites left exact:", *(f"  {name}" for name in self.culprits)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ class RecordFile:
         """Keep the records; a folder that cannot be written to is passed over."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps([dataclasses.asdict(r) for r in records]))
+            unfinished = self._path.with_suffix(f".{os.getpid()}")  # another process may read while this one writes
+            unfinished.write_text(json.dumps([dataclasses.asdict(r) for r in records]))
+            unfinished.replace(self._path)
         except OSError:
             return
 
