@@ -18,7 +18,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import fewbit_fx
 from bench.machine import CHECKOUT, commit, processor, versions
-from fewbit_fx.reporting.words import action, because
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -92,8 +91,8 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 def what_happened(report: fewbit_fx.Report) -> tuple[str, ...]:
     """Each kind of site once, such as ``gelu: coded in 3 bits`` or ``mask: left exact, because ...``."""
-    reasons = ((site, f", because {because(site.reason)}" if site.reason else "") for site in report.sites)
-    return tuple(dict.fromkeys(f"{site.function}: {action(site)}{reason}" for site, reason in reasons))
+    reasons = ((site, f", because {site.reason}" if site.reason else "") for site in report.sites)
+    return tuple(dict.fromkeys(f"{site.function}: {site.action}{reason}" for site, reason in reasons))
 
 
 def warm_up_the_compiler(device: torch.device) -> None:

@@ -63,7 +63,7 @@ class SiteRecord:
     @property
     def is_exact(self) -> bool:
         """Whether the site was left as it is."""
-        return self.reason is not None
+        return not self.form
 
 
 @dataclass(frozen=True)

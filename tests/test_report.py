@@ -161,3 +161,17 @@ def test_a_warm_start_tells_autocast_dtypes_apart() -> None:
         with torch.autocast("cpu", dtype=dtype):
             settings.add(partition_settings())
     assert len(settings) == 2
+
+
+def test_the_sites_of_a_report_say_in_words_what_the_records_have_as_data() -> None:
+    report = fewbit_fx.explain(mlp(nn.GELU()), torch.randn(256, 32), fewbit_config=fewbit_fx.FewBitConfig(min_numel=0))
+    (record,), (site,) = report.graphs[0].sites, report.sites
+    assert (site.action, site.reason, site.cause) == ("coded in 3 bits", "", "")
+    assert (record.form, record.bits, record.reason) == ("codes", 3, None)
+    off = fewbit_fx.FewBitConfig(min_numel=0, derivatives=False)
+    report = fewbit_fx.explain(mlp(nn.GELU()), torch.randn(256, 32), fewbit_config=off)
+    (record,), (site,) = report.graphs[0].sites, report.sites
+    assert site.is_exact
+    assert site.action == "left exact"
+    assert site.reason == "derivatives are switched off (derivatives=False)"
+    assert site.cause == "switched off" == record.reason.cause.value  # type: ignore[union-attr]

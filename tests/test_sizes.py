@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fewbit_fx
 from fewbit_fx.passes.plan import EMPTY, SIZE_FROM_DATA, SIZE_NOT_IN_BACKWARD
-from fewbit_fx.reporting.words import action
+from fewbit_fx.reporting.words import action, because
 
 WEIGHT = torch.randn(64, 64) / 8
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -65,7 +65,7 @@ def test_no_rows_at_run_time() -> None:
         assert y.shape == (rows, 512)
         torch.testing.assert_close(found, expected)
     (site,) = backend.last_report().sites
-    assert site.reason == SIZE_FROM_DATA
+    assert site.reason == because(SIZE_FROM_DATA)
 
 
 def test_no_elements_when_compiling() -> None:
@@ -101,4 +101,4 @@ def test_jagged_tensors(name: str) -> None:
     assert all(not graph.note for graph in report.graphs)
     assert report.fewbit_bytes <= report.plain_bytes
     reasons = {s.reason for s in report.sites if s.is_exact}
-    assert reasons <= {SIZE_FROM_DATA, SIZE_NOT_IN_BACKWARD} or name in ("relu", "gelu")
+    assert reasons <= {because(SIZE_FROM_DATA), because(SIZE_NOT_IN_BACKWARD)} or name in ("relu", "gelu")

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from fewbit_fx.passes.record import GraphRecord, OtherRecord, SiteRecord
+from fewbit_fx.passes.record import GraphRecord, OtherRecord
 from fewbit_fx.reporting.graph_table import graph_lines
-from fewbit_fx.reporting.words import action, because
+from fewbit_fx.reporting.words import ReportedSite, because, in_words
 
 _RELATIVE_ERROR = (
     "rel. error: root mean square of (nearest level - f'(x)) over that of f'(x); a prediction for typical x,\n"
@@ -48,12 +48,12 @@ class Report:
     other_models: tuple[ModelTotals, ...] = ()
 
     @property
-    def sites(self) -> tuple[SiteRecord, ...]:
-        """All sites of all graphs."""
-        return tuple(site for graph in self.graphs for site in graph.sites)
+    def sites(self) -> tuple[ReportedSite, ...]:
+        """All sites of all graphs, with what happened and why in words."""
+        return tuple(in_words(site) for graph in self.graphs for site in graph.sites)
 
     @property
-    def rows(self) -> tuple[SiteRecord | OtherRecord, ...]:
+    def rows(self) -> tuple[ReportedSite | OtherRecord, ...]:
         """All that is saved, sites first; the bytes of these rows sum to the report's totals."""
         return self.sites + tuple(other for graph in self.graphs for other in graph.others)
 
@@ -91,15 +91,7 @@ class Report:
 
 def _graph_dict(graph: GraphRecord) -> dict[str, Any]:
     """A graph's data. ``reason`` and ``note`` are sentences, and ``cause`` is what a program should compare."""
-    sites = [
-        {
-            **dataclasses.asdict(site),
-            "action": action(site),
-            "reason": because(site.reason),
-            "cause": site.reason.cause.value if site.reason else "",
-        }
-        for site in graph.sites
-    ]
+    sites = [dataclasses.asdict(in_words(site)) for site in graph.sites]
     return {
         **dataclasses.asdict(graph),
         "sites": sites,

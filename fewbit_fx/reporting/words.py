@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 from fewbit_fx.passes.reasons import Cause, Reason
 from fewbit_fx.passes.record import SiteRecord
 
@@ -43,6 +45,28 @@ _BECAUSE = {
 # What a representation does, by its form.
 _ACTIONS = {"codes": "coded in {bits} bit{s}", "mask": "exact one-bit mask"}
 _OTHER_ACTION = "stored as {form} in {bits} bit{s}"
+
+
+@dataclass(frozen=True)
+class ReportedSite(SiteRecord):
+    """A site's record as a report shows it.
+
+    Attributes:
+        action: What happened: ``coded in 3 bits``, ``exact one-bit mask``, ``left exact`` and their kind.
+        reason: What completes the sentence "left exact, because ..."; "" if it was not left exact.
+        cause: The kind of reason, which a program should compare; "" if it was not left exact.
+    """
+
+    reason: str  # type: ignore[assignment]  # in the place of the record's data
+    action: str = ""
+    cause: str = ""
+
+
+def in_words(site: SiteRecord) -> ReportedSite:
+    """The record of a site with its sentences."""
+    data = {f.name: getattr(site, f.name) for f in fields(SiteRecord)}
+    cause = site.reason.cause.value if site.reason else ""
+    return ReportedSite(**{**data, "reason": because(site.reason)}, action=action(site), cause=cause)
 
 
 def because(reason: Reason | None) -> str:
