@@ -133,8 +133,9 @@ def graph_record(work: Work, seconds: Mapping[str, float]) -> GraphRecord:
         seconds: That each pass took, by name.
     """
     min_numel = work.config.min_numel
-    exact = [site for site in work.plan if site not in work.coded]
-    whose = attribute(work.plain, work.chosen, work.coded, [*exact, *work.unreadable])
+    coded = work.coded
+    exact = [site for site in work.plan if site not in coded]
+    whose = attribute(work.plain, work.chosen, coded, [*exact, *work.unreadable])
     sites = [_site_record(site, work.sites[site], work.plan[site], whose.shares[site], min_numel) for site in work.plan]
     sites += [_unreadable_record(region, whose.shares[region], min_numel) for region in work.unreadable]
     return GraphRecord(

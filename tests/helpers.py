@@ -179,6 +179,19 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class ReadTwice(nn.Module):
+    """One x whose GELU is taken twice, for two frozen layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 64)
+        self.one, self.two = (nn.Linear(64, 8).requires_grad_(False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        return self.one(F.gelu(h)) + self.two(F.gelu(h)).square()
+
+
 class TransformerBlock(nn.Module):
     def __init__(self, width: int = 32, dropout: float = 0.1) -> None:
         super().__init__()

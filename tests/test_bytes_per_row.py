@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import STRICT, TransformerBlock, check_sums, mlp, model_zoo, watch
+from helpers import STRICT, ReadTwice, TransformerBlock, check_sums, mlp, model_zoo, watch
 from torch import Tensor, nn
 
 import fewbit_fx
@@ -65,17 +65,7 @@ def test_a_site_left_exact_counts_what_is_saved_for_it() -> None:
 
 
 def test_what_two_sites_share_counts_for_the_first() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(32, 64)
-            self.one, self.two = (nn.Linear(64, 8).requires_grad_(False) for _ in range(2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.linear(x)
-            return self.one(F.gelu(h)) + self.two(F.gelu(h)).square()
-
-    seen = watch(Twice(), torch.randn(128, 32))
+    seen = watch(ReadTwice(), torch.randn(128, 32))
     first, second = before_and_after(seen.happened("gelu"))
     assert first == (128 * 64 * 4, 128 * 64 * 3 // 8)
     assert second == (0, 0)

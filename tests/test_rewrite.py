@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import STRICT, TransformerBlock, check_interface, lora, mlp, model_zoo, saved_dtypes, targets, watch
+from helpers import (
+    STRICT,
+    ReadTwice,
+    TransformerBlock,
+    check_interface,
+    lora,
+    mlp,
+    model_zoo,
+    saved_dtypes,
+    targets,
+    watch,
+)
 from torch import Tensor, nn
 
 from fewbit_fx import FewBitConfig
@@ -96,17 +107,7 @@ def test_a_saved_view_counts_with_all_of_its_storage() -> None:
 
 
 def test_two_readers_of_one_x_share_planes() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(32, 64)
-            self.one, self.two = (nn.Linear(64, 8).requires_grad_(False) for _ in range(2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.linear(x)
-            return self.one(F.gelu(h)) + self.two(F.gelu(h)).square()
-
-    seen = watch(Twice(), torch.randn(128, 32))
+    seen = watch(ReadTwice(), torch.randn(128, 32))
     assert all(action(s) == "coded in 3 bits" for s in seen.happened("gelu"))
     assert saved_dtypes(seen.chosen).count(torch.int32) == 3
     check_interface(seen.chosen)
