@@ -122,8 +122,13 @@ def bit_weights(device: torch.device) -> Tensor:
     return (one << torch.arange(WORD_BITS, dtype=torch.int32, device=device)).unsqueeze(-1)
 
 
-def plane_layout(x: Tensor) -> PlaneLayout:
-    """The layout for planes of a tensor of this device, shape and strides."""
+def plane_layout(x: Tensor, lanes: tuple[int, ...] = ()) -> PlaneLayout:
+    """The layout for planes of a tensor of this device, shape and strides.
+
+    Args:
+        x: The tensor.
+        lanes: The numbers of lanes to choose from, the best first; by default those that suit the device and dtype.
+    """
     order = memory_order(x)
     sizes: list[int | torch.SymInt] = [x.shape[d] for d in order] if order else list(x.shape)
     kept = 0
@@ -131,7 +136,7 @@ def plane_layout(x: Tensor) -> PlaneLayout:
         if not isinstance(size, int):
             kept = i + 1
     inner = math.prod(sizes[kept:])
-    suitable = lanes_for(x.device, x.dtype)
+    suitable = lanes or lanes_for(x.device, x.dtype)
     filling = [n for n in suitable if inner % (WORD_BITS * n) == 0]
     return PlaneLayout(filling[0], order, kept) if filling else PlaneLayout(suitable[0], order)
 

@@ -1,0 +1,95 @@
+"""Codes of values: their error, what is exact, what is not finite, and any shape, stride and dtype."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fewbit_fx.codec.block_scaled import block_layout, decode_values, encode_values, scale_nbytes
+from fewbit_fx.config import MIN_VALUE_BITS
+
+BITS = range(MIN_VALUE_BITS, 9)
+
+
+def round_trip(x: Tensor, bits: int) -> Tensor:
+    layout = block_layout(x, bits)
+    return decode_values(encode_values(x, bits, layout), bits, layout, x)
+
+
+def relative_error(x: Tensor, bits: int) -> float:
+    return float((round_trip(x, bits).double() - x.double()).norm() / x.double().norm())
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.007), (6, 0.028), (5, 0.045), (4, 0.095), (3, 0.225)])
+def test_the_error_of_a_normal_tensor(bits: int, most: float) -> None:
+    assert relative_error(torch.randn(1024, 1024), bits) <= most
+
+
+@pytest.mark.parametrize(("bits", "most"), [(6, 0.028), (4, 0.12)])
+def test_the_error_of_a_tensor_with_heavy_tails(bits: int, most: float) -> None:
+    x = torch.distributions.StudentT(4.0).sample((1024, 1024))
+    assert relative_error(x, bits) <= most
+
+
+def test_half_a_bit_of_scales() -> None:
+    x = torch.randn(1024, 64)
+    assert scale_nbytes(x, block_layout(x, 4)) * 8 == x.numel() // 2
+    saved = encode_values(x, 4, block_layout(x, 4))
+    assert sum(t.numel() * t.element_size() for t in saved) * 8 == int(4.5 * x.numel())
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_zeros_and_signs_are_exact(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(0, 40), min_size=0, max_size=3))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    x = (torch.randn(shape) * (torch.rand(shape) > 0.3)).to(dtype)
+    if x.dim() > 1 and data.draw(st.booleans()):
+        x = x.transpose(0, 1)
+    decoded = round_trip(x, data.draw(st.sampled_from(BITS)))
+    assert decoded.shape == x.shape
+    assert decoded.dtype == x.dtype
+    assert torch.equal(decoded.sign(), x.sign())
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e4, 1e30])
+def test_the_error_does_not_depend_on_the_scale(scale: float) -> None:
+    x = torch.randn(64, 1024)
+    assert relative_error(x * scale, 6) == pytest.approx(relative_error(x, 6), rel=0.02)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_so(bits: int, value: float) -> None:
+    x = torch.randn(64, 64)
+    x[3, 5] = value
+    x[3, 6] = 0
+    decoded = round_trip(x, bits)
+    assert not decoded[3, 5].isfinite()
+    assert decoded[3, 5].sign().equal(x[3, 5].sign()) or value != value
+    assert int((~decoded.isfinite()).sum()) <= 32, "its block alone"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_masks_of_attention(bits: int, dtype: torch.dtype) -> None:
+    """What is added to scores: 0, and minus infinity or the lowest number."""
+    kept = torch.rand(64, 64) > 0.5
+    infinite = torch.where(kept, 0.0, -math.inf).to(dtype)
+    assert torch.equal(round_trip(infinite, bits), infinite)
+    lowest = torch.where(kept, 0.0, torch.finfo(dtype).min).to(dtype)
+    decoded = round_trip(lowest, bits)
+    assert torch.equal(decoded == 0, kept)
+    assert (decoded[~kept] <= 0.5 * torch.finfo(dtype).min).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_more_bits_are_less_error(bits: int) -> None:
+    x = torch.randn(64, 1024)
+    assert bits == MIN_VALUE_BITS or relative_error(x, bits) < relative_error(x, bits - 1)

@@ -1,0 +1,35 @@
+"""Packing of codes: any codes come back, as bytes and as planes, in exactly as many bits."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewbit_fx.codec.packing import blocks_per_group, field_widths, pack, unpack
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("as_bytes", [True, False], ids=["bytes", "planes"])
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 10**6), groups=st.integers(0, 3))
+def test_codes_come_back(bits: int, as_bytes: bool, seed: int, groups: int) -> None:
+    with mock.patch("fewbit_fx.codec.packing.packs_bytes", return_value=as_bytes):
+        shape = groups, blocks_per_group(bits, CPU), 32
+        torch.manual_seed(seed)
+        codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).float()
+        packed = pack(codes, bits)
+        assert torch.equal(unpack(packed, bits), codes)
+        assert sum(t.numel() * t.element_size() for t in packed) * 8 == codes.numel() * bits
+        assert len(packed) == len(field_widths(bits, CPU))
+
+
+def test_the_widths_of_fields_sum_to_the_bits() -> None:
+    for bits in range(2, 9):
+        for device in (CPU, torch.device("cuda")):
+            assert sum(field_widths(bits, device)) == bits
