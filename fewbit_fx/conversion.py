@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fewbit_fx.functional
 import fewbit_fx.nn
+from fewbit_fx.codebooks.of_functions import codebook
 from fewbit_fx.codebooks.sampling import NotCodableError
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.modules import share_hooks, without_hooks
@@ -30,7 +31,7 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 _PLAIN = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
-def convert(model: nn.Module, bits: int = 3) -> dict[str, nn.Module | Callable[..., Any]]:
+def convert(model: nn.Module, bits: int = 3, *, recipe: str = "default") -> dict[str, nn.Module | Callable[..., Any]]:
     """Replace the activations in a model, in place, by those of :mod:`fewbit_fx.nn`.
 
     Replaced are activation modules of torch.nn (not their subclasses), those of
@@ -44,12 +45,14 @@ def convert(model: nn.Module, bits: int = 3) -> dict[str, nn.Module | Callable[.
     Args:
         model: Any module; if it is an activation itself, it is not replaced, having no parent.
         bits: Bits per element, 1 to 8.
+        recipe: As of the backend: ``"exact"`` replaces just activations whose codes are exact, such as ReLU. The other
+            recipes are the same here, for an eager pipeline has no codes of values.
 
     Returns:
         What was replaced: the path of each in the model, and the original.
 
     Raises:
-        TypeError, ValueError: ``bits`` is not allowed.
+        TypeError, ValueError: ``bits`` or ``recipe`` is not allowed.
 
     Example:
         >>> import torch, fewbit_fx
@@ -59,7 +62,7 @@ def convert(model: nn.Module, bits: int = 3) -> dict[str, nn.Module | Callable[.
         >>> model[1]
         GELU(approximate='none', bits=2)
     """
-    FewBitConfig(bits=bits)
+    config = FewBitConfig(bits=bits, recipe=recipe)
     replaced: dict[str, nn.Module | Callable[..., Any]] = {}
     known: dict[nn.Module, nn.Module | None] = {}  # a module used in several places stays one
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -71,7 +74,7 @@ def convert(model: nn.Module, bits: int = 3) -> dict[str, nn.Module | Callable[.
             continue
         if path:
             if module not in known:
-                known[module] = _few_bit_form(module, bits)
+                known[module] = _few_bit_form(module, bits) if config.derivatives or _is_exact(module, bits) else None
             new = known[module]
             if new is not None:
                 setattr(modules[head], name, new)
@@ -80,9 +83,19 @@ def convert(model: nn.Module, bits: int = 3) -> dict[str, nn.Module | Callable[.
                 continue
         for attribute, value in list(vars(module).items()):
             if callable(value) and not attribute.startswith("_") and _hashable(value) and value in _FUNCTIONS:
+                if not config.derivatives and not _is_exact(value, bits):
+                    continue
                 setattr(module, attribute, functools.partial(_FUNCTIONS[value], bits=bits))
                 replaced[f"{path}.{attribute}".lstrip(".")] = value
     return replaced
+
+
+def _is_exact(activation: Callable[[Tensor], Tensor], bits: int) -> bool:
+    """Whether codes of so many bits tell all values of the derivative apart."""
+    try:
+        return codebook(activation, bits).relative_error == 0
+    except (TypeError, ValueError):  # no pointwise function, or none that has a codebook
+        return False
 
 
 def _few_bit_form(module: nn.Module, bits: int) -> nn.Module | None:

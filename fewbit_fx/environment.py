@@ -25,7 +25,7 @@ def describe_environment() -> list[tuple[str, str]]:
         ("platform", f"{platform.system()} {platform.machine()}"),
         ("devices", ", ".join(_devices())),
         ("C++ compiler", next((name for name in ("g++", "clang++", "cl") if shutil.which(name)), "none found")),
-        *((f"default of {f.name}", repr(f.default)) for f in dataclasses.fields(FewBitConfig)),
+        *((f"default of {name}", repr(value)) for name, value in dataclasses.asdict(FewBitConfig()).items()),
     ]
 
 

@@ -53,16 +53,19 @@ class Attribution:
     leftovers: tuple[Leftover, ...]
 
 
-def attribute(plain: Partition, chosen: Partition, coded: Iterable[Site], exact: Iterable[Claimant]) -> Attribution:
+def attribute(
+    plain: Partition, cut: Partition, chosen: Partition, coded: Iterable[Site], exact: Iterable[Claimant]
+) -> Attribution:
     """Share out the saved storages of both partitions.
 
     Args:
         plain: torch.compile's own partition.
-        chosen: The one in use, a rewritten copy or the same.
+        cut: The one whose sites these are; torch.compile's own, or a leaner one.
+        chosen: The one in use, a rewritten copy of the cut or the same.
         coded: The sites that have codes in ``chosen``, in the order of its rewrite.
         exact: All others.
     """
-    ledger = _Ledger(plain, chosen)
+    ledger = _Ledger(plain, cut, chosen)
     shares: dict[Claimant, Share] = {site: ledger.coded(site) for site in coded}
     shares |= {claimant: ledger.exact(claimant) for claimant in exact}
     return Attribution(shares, tuple(ledger.leftovers()))
@@ -71,21 +74,30 @@ def attribute(plain: Partition, chosen: Partition, coded: Iterable[Site], exact:
 class _Ledger:
     """The storages that are not counted yet, by key."""
 
-    def __init__(self, plain: Partition, chosen: Partition) -> None:
+    def __init__(self, plain: Partition, cut: Partition, chosen: Partition) -> None:
         self._backward = plain.backward.graph, chosen.backward.graph
         self._before, self._after = _storages(plain), _storages(chosen)
         self._saved_after = frozenset(self._after)
         self._storage_of = {n.name: key for key, nodes in self._before.items() for n in nodes}
         self._nodes = by_name(plain.backward.graph)
+        self._cut_nodes = by_name(cut.backward.graph) if cut is not plain else {}
         self._codes: dict[str, list[object]] = {}
         for key, (node, *_) in self._after.items():
             if SITE in node.meta:
                 self._codes.setdefault(node.meta[SITE], []).append(key)
 
     def coded(self, site: Site) -> Share:
-        """The site's codes, and what its exact factors were computed from and is no longer saved."""
-        freed = self._leaves(site, ancestors) - self._saved_after
+        """The site's codes, and what is no longer saved: what its exact factors were computed from, and, with another
+        cut, what the backward computes again from what is decoded.
+        """
+        freed = (self._leaves(site, ancestors) | self._computed_again_from(site)) - self._saved_after
         return self._take([*freed, *self._codes.get(site.anchor.name, ())])
+
+    def _computed_again_from(self, site: Site) -> set[object]:
+        """Storages that ``plain`` saves and that the cut computes again from the value that is decoded for a site."""
+        node = self._cut_nodes.get(site.replaced.name)
+        behind = descendants([node]) if node and site.is_last_resort else set()
+        return {self._storage_of[n.name] for n in behind if n.name in self._storage_of}
 
     def exact(self, claimant: Claimant) -> Share:
         """What is saved of the values from which the factors of a site left exact follow element by element."""

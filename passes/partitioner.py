@@ -8,7 +8,7 @@ import inspect
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from torch import fx
 
 import fewbit_fx
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.torch_private.inductor import CustomPartitionerFn, donate_nothing, min_cut_rematerialization_partition
+from fewbit_fx.torch_private.inductor import CustomPartitionerFn, donate_nothing
 
+from .cuts import leaner_cut, own_cut
 from .partition import Partition
 from .pipeline import Work, require_pass_names, run_passes
 from .reasons import Cause, Reason
 from .record import GraphRecord, graph_record, unexamined_record
 from .representations import Proposal
+from .splice import copy_module
 
 logger = logging.getLogger("fewbit_fx")
 
@@ -61,13 +63,17 @@ class FewBitPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The forward and the backward graph. Called by Inductor with AOTAutograd's joint graph."""
-        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-        started = time.perf_counter()
         static = kwargs.get("static_lifetime_input_indices") or ()
         alive = tuple(sorted({*static, *self._kept_inputs}))
-        plain = Partition(forward, backward, kwargs["num_fwd_outputs"], alive)
+        uncut = copy_module(gm) if self._config.recompute else None  # a cut changes its graph
+        plain = own_cut(gm, joint_inputs, alive, **kwargs)
+        started = time.perf_counter()
         try:
-            chosen, record = self._compress(gm.graph, plain)
+            cuts = {plain: gm.graph}
+            leaner = leaner_cut(uncut, joint_inputs, alive, **kwargs) if uncut else None
+            if leaner and uncut:
+                cuts[leaner] = uncut.graph
+            chosen, record = self._compress(cuts, plain)
         except Exception as fault:  # whatever it is: the user's training goes on, exactly, and is told so
             if self._config.strict:
                 raise
@@ -89,15 +95,21 @@ class FewBitPartitioner(CustomPartitionerFn):
         """Inductor copies its configuration, and this within it; records must reach the one listener."""
         return self
 
-    def _compress(self, joint: fx.Graph, plain: Partition) -> tuple[Partition, GraphRecord]:
-        """``joint`` is as the cut left it: without duplicates, with the names that the cut's graphs have."""
-        work, seconds = run_passes(Work(joint, plain, plain, self._config, self._proposals))
+    def _compress(self, cuts: Mapping[Partition, fx.Graph], plain: Partition) -> tuple[Partition, GraphRecord]:
+        """The partition that saves the fewest bytes, and its record.
+
+        Args:
+            cuts: Each with its joint graph as the cut left it: without duplicates, with the names of the cut's graphs.
+            plain: torch.compile's own cut.
+        """
+        results = [run_passes(Work(joint, cut, cut, self._config, self._proposals)) for cut, joint in cuts.items()]
+        work, seconds = min(results, key=lambda result: result[0].chosen.saved_bytes())
         if work.faults:
             several = len(work.faults) > 1
             _warn_of(f"{len(work.faults)} sites of a graph" if several else "one site of a graph", work.faults[0])
         if self._observe:
             self._observe(work)
-        return work.chosen, graph_record(work, seconds)
+        return work.chosen, graph_record(plain, work, seconds)
 
 
 def _warn_of(what: str, fault: BaseException) -> None:

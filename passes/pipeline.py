@@ -12,15 +12,16 @@ from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.tracing import timed
 
 from .gain import Gain
+from .jumps import jumps
 from .partition import Partition
 from .plan import choose
 from .reasons import Cause, Reason
-from .representations import Decision, Exact, Proposal
+from .representations import Decision, Exact, Proposal, Representation
 from .rewrite import SiteError, rewrite
 from .site_names import site_names
-from .sites import Site, Unreadable, find_sites
+from .sites import Site, Unreadable, find_sites, find_values
 
-NOT_SMALLER = Reason(Cause.GRAPHS_NOT_SMALLER)
+NOT_SMALLER, DECIDES = Reason(Cause.GRAPHS_NOT_SMALLER), Reason(Cause.DECIDES)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Work:
         proposals: Representations beside our own, asked first.
         sites: The sites with their names, in the order of the graph.
         unreadable: Regions whose derivative could not be read off the graph.
+        proposed: The representations that suit sites, each by itself.
         plan: What to do with each site, in the order of the graph.
         faults: The faults of our own code, each of which cost one site.
     """
@@ -46,6 +48,7 @@ class Work:
     proposals: Sequence[Proposal] = ()
     sites: Mapping[Site, str] = field(default_factory=dict)
     unreadable: Sequence[Unreadable] = ()
+    proposed: Mapping[Site, Representation] = field(default_factory=dict)
     plan: Mapping[Site, Decision] = field(default_factory=dict)
     faults: Sequence[BaseException] = ()
 
@@ -67,6 +70,8 @@ class Work:
 def find(work: Work) -> Work:
     """Find the sites."""
     sites, unreadable = find_sites(work.joint, work.plain.computed_in_backward())
+    if work.config.codes_values:
+        sites += find_values(work.joint, work.plain)
     return replace(work, sites=site_names(sites), unreadable=unreadable)
 
 
@@ -74,12 +79,33 @@ def represent(work: Work) -> Work:
     """Choose a representation for each site by itself."""
     symbols = work.plain.symbols_in_backward()
     plan = {site: choose(site, work.config, symbols, work.proposals, name) for site, name in work.sites.items()}
-    return replace(work, plan=plan)
+    proposed = {site: done for site, done in plan.items() if not isinstance(done, Exact)}
+    return replace(work, plan=plan, proposed=proposed)
 
 
 def drop_useless(work: Work) -> Work:
     """Leave exact what would free no saved tensor."""
-    return work.with_exact(Gain(work.plain).useless(work.coded))
+    gain = Gain(work.plain)
+    first = {site: nbytes for site, nbytes in work.coded.items() if not site.is_last_resort}
+    work = work.with_exact(gain.useless(first))
+    return work.with_exact(gain.useless(work.coded)) if len(first) < len(work.plan) else work
+
+
+def keep_decisions(work: Work) -> Work:
+    """Save the masks that the backward would compute anew from decoded values, or leave those values exact."""
+    masks = {site.replaced.name: site for site in work.proposed if not site.is_last_resort}
+    while True:
+        values = {site.replaced.name: site for site in work.coded if site.is_last_resort}
+        decoded = {site.replaced.name for site in work.coded}
+        found = jumps(work.plain.backward.graph, decoded)
+        if not found or not values:
+            return work
+        kept = {masks[name]: work.proposed[masks[name]] for name in found if name in masks}
+        lost = {values[origin] for name in found.keys() - masks.keys() for origin in found[name] if origin in values}
+        if not kept and not lost:
+            return work
+        work = replace(work, plan={site: kept.get(site, done) for site, done in work.plan.items()})
+        work = work.with_exact(dict.fromkeys(lost, DECIDES))
 
 
 def drop_unread(work: Work) -> Work:
@@ -142,6 +168,7 @@ PASSES = (
     Pass("find", find),
     Pass("represent", represent, instead=_all_sites_exact),
     Pass("gain", drop_useless, instead=drop_unread),
+    Pass("protect", keep_decisions),
     Pass("rewrite", put_in, instead=_left_out("rewrite")),
     Pass("compare", keep_the_smaller),
 )

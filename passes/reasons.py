@@ -20,6 +20,12 @@ class Cause(str, Enum):
     SIZE_NOT_IN_BACKWARD = "size not in backward"
     NO_FULL_BLOCK = "no full block"  # elements
     RECOMPUTED = "recomputed"
+    EXACT_BY_OPTION = "exact by option"  # option
+    DTYPE = "dtype"  # dtype
+    DATA = "data"
+    INTEGER = "integer"
+    DECIDES = "decides"
+    STATISTIC = "statistic"
     NO_REPRESENTATION = "no representation"
     PRODUCT = "product"
     LOSS = "loss"

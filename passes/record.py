@@ -12,6 +12,7 @@ from fewbit_fx.torch_private.dynamo import compile_id
 from fewbit_fx.torch_private.sizes import hint
 
 from .bytes_per_row import Leftover, Share, attribute
+from .gain import NOT_SAVED
 from .graph import value_of
 from .partition import Partition
 from .pipeline import Work
@@ -102,6 +103,9 @@ class GraphRecord:
             once, without parameters and buffers.
         fewbit_bytes: The same for the partition that is used.
         sites: Every site looked at, in graph order.
+        recipe: The option of this name.
+        computes_again: Whether the cut is a leaner one than torch.compile's own, so that the backward computes
+            pointwise operations again.
         note: Why the whole graph was left exact; None if it was looked at.
         others: All else that is saved. The bytes before of all sites and others sum to ``plain_bytes``, their
             bytes after to ``fewbit_bytes``, by hint where sizes are symbolic.
@@ -116,6 +120,8 @@ class GraphRecord:
     sites: tuple[SiteRecord, ...]
     note: Reason | None = None
     others: tuple[OtherRecord, ...] = ()
+    recipe: str = ""
+    computes_again: bool = False
     pass_seconds: float = field(default=0.0, compare=False)
     pass_times: tuple[tuple[str, float], ...] = field(default=(), compare=False)
 
@@ -125,27 +131,36 @@ class GraphRecord:
         return self.sites + self.others
 
 
-def graph_record(work: Work, seconds: Mapping[str, float]) -> GraphRecord:
+def graph_record(plain: Partition, work: Work, seconds: Mapping[str, float]) -> GraphRecord:
     """The record of one graph.
 
     Args:
-        work: What the passes found out and did.
+        plain: torch.compile's own partition.
+        work: What the passes found out and did, perhaps with another cut.
         seconds: That each pass took, by name.
     """
     min_numel = work.config.min_numel
     coded = work.coded
-    exact = [site for site in work.plan if site not in coded]
-    whose = attribute(work.plain, work.chosen, coded, [*exact, *work.unreadable])
-    sites = [_site_record(site, work.sites[site], work.plan[site], whose.shares[site], min_numel) for site in work.plan]
+    reported = [site for site, done in work.plan.items() if not _is_gone(site, done)]
+    exact = [site for site in reported if site not in coded]
+    whose = attribute(plain, work.plain, work.chosen, coded, [*exact, *work.unreadable])
+    sites = [_site_record(site, work.sites[site], work.plan[site], whose.shares[site], min_numel) for site in reported]
     sites += [_unreadable_record(region, whose.shares[region], min_numel) for region in work.unreadable]
     return GraphRecord(
         compile_id(),
-        work.plain.saved_bytes(),
+        plain.saved_bytes(),
         work.chosen.saved_bytes(),
         tuple(sites),
         others=tuple(_other_record(leftover, min_numel) for leftover in whose.leftovers),
+        recipe=work.config.recipe,
+        computes_again=work.plain is not plain and work.plain.saved_bytes() < plain.saved_bytes(),
         pass_times=tuple(seconds.items()),
     )
+
+
+def _is_gone(site: Site, decision: Decision) -> bool:
+    """Whether a saved tensor is of no interest, because what is coded elsewhere leaves nobody to read it."""
+    return site.is_last_resort and isinstance(decision, Exact) and decision.reason == NOT_SAVED
 
 
 def unexamined_record(plain: Partition, note: Reason) -> GraphRecord:

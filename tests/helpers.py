@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from fewbit_fx.passes.record import GraphRecord, SiteRecord
 from fewbit_fx.passes.sites import Site
 from fewbit_fx.torch_private.inductor import partition_only
 
-STRICT = FewBitConfig(strict=True, min_numel=0)
+STRICT = FewBitConfig(recipe="derivatives", strict=True, min_numel=0)
 
 
 @dataclass
@@ -72,6 +72,12 @@ def check_sums(record: GraphRecord) -> None:
     """Every saved byte counts for one row, and no row counts others."""
     assert sum(row.bytes_before for row in record.rows) == record.plain_bytes
     assert sum(row.bytes_after for row in record.rows) == record.fewbit_bytes
+
+
+def derivatives_and_masks(sites: Iterable[SiteRecord]) -> list[str]:
+    """The names of the functions of all sites but those of values."""
+    readers = {"linear input", "convolution input", "factor", "norm input", "softmax"}
+    return [site.function for site in sites if site.function not in readers]
 
 
 def targets(graph_module: Any) -> list[str]:

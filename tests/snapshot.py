@@ -57,7 +57,7 @@ def saved_tensors(result: Tensor) -> list[Tensor]:
 def snapshot(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Hashes of one model's step."""
     torch.compiler.reset()
-    compiled = torch.compile(model, backend=fewbit_fx.backend(strict=True, min_numel=0))
+    compiled = torch.compile(model, backend=fewbit_fx.backend(recipe="derivatives", strict=True, min_numel=0))
     torch.manual_seed(1)
     output = compiled(*args, **kwargs)
     result = output if isinstance(output, Tensor) else output.loss

@@ -20,7 +20,7 @@ from fewbit_fx.passes.reasons import Cause, Reason
 from fewbit_fx.passes.representations.derivative_codes import PRODUCT
 from fewbit_fx.reporting.words import action, because
 
-PLAIN = FewBitConfig(derivatives=False, masks=False, min_numel=0, strict=True)
+PLAIN = FewBitConfig(recipe="derivatives", derivatives=False, masks=False, min_numel=0, strict=True)
 UNBOUNDED = Reason.of(Cause.NOT_CODABLE, problem="its derivative grows without bound")
 
 
@@ -275,7 +275,7 @@ def test_all_together_compiled() -> None:
 
     x, outputs, gradients = torch.randn(64, 32), [], []
     probes = [branch.probe for branch in branches]
-    for backend in ("inductor", fewbit_fx.backend(strict=True)):
+    for backend in ("inductor", fewbit_fx.backend(recipe="derivatives", strict=True)):
         torch.compiler.reset()
         outputs.append(torch.compile(run, backend=backend)(x))
         gradients.append(torch.autograd.grad(outputs[-1].square().sum(), probes))

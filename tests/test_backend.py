@@ -45,7 +45,7 @@ def elementwise(function: Callable[[Tensor], Tensor], x: Tensor, backend: Any) -
 def test_each_gradient_is_the_nearest_level(dtype: torch.dtype, bits: int) -> None:
     """Against exhaustive comparison, element by element; undecided elements are those at a boundary."""
     x = torch.randn(64, 96).to(dtype)
-    backend = fewbit_fx.backend(bits=bits, strict=True, min_numel=0)
+    backend = fewbit_fx.backend(recipe="derivatives", bits=bits, strict=True, min_numel=0)
     y, gradient = elementwise(F.gelu, x, backend)
     exact_y, exact_gradient = elementwise(F.gelu, x, "inductor")
     (site,) = backend.last_report().sites
@@ -66,7 +66,7 @@ def test_each_gradient_is_the_nearest_level(dtype: torch.dtype, bits: int) -> No
 def test_other_functions_too(function: Callable[[Tensor], Tensor]) -> None:
     """The output of tanh itself, from which its derivative follows, must not be the graph's."""
     x = torch.randn(64, 96) * 2
-    backend = fewbit_fx.backend(strict=True, min_numel=0)
+    backend = fewbit_fx.backend(recipe="derivatives", strict=True, min_numel=0)
     y, gradient = elementwise(function, x, backend)
     (site,) = backend.last_report().sites
     assert action(site) == "coded in 3 bits"
@@ -78,7 +78,7 @@ def test_other_functions_too(function: Callable[[Tensor], Tensor]) -> None:
 def test_a_network_against_the_eager_oracle() -> None:
     """Linear, GELU, linear: all gradients as if eager PyTorch had used the same levels."""
     model, x = mlp(nn.GELU()), torch.randn(128, 32)
-    backend = fewbit_fx.backend(strict=True, min_numel=0)
+    backend = fewbit_fx.backend(recipe="derivatives", strict=True, min_numel=0)
     found = gradients(model, torch.compile(model, backend=backend)(x).sum())
     reference = nn.Sequential(model[0], Oracle(F.gelu, backend.last_report().sites[0].levels), model[2])
     assert close_to_oracle(found, gradients(reference, reference(x).sum()))
@@ -90,7 +90,7 @@ def test_a_network_against_the_eager_oracle() -> None:
 )
 def test_a_transformers_forward_is_bit_identical(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     model, x = make().to(dtype), torch.randn(4, 32, 32, dtype=dtype, requires_grad=True)
-    y, found = train_step(model, x, "fewbit", strict=True)
+    y, found = train_step(model, x, "fewbit", recipe="derivatives", strict=True)
     exact_y, exact = train_step(model, x, "inductor")
     assert any(action(s) == "coded in 3 bits" for s in fewbit_fx.last_report().sites)
     assert torch.equal(y, exact_y)
@@ -106,7 +106,7 @@ def test_a_transformers_forward_is_bit_identical(make: Callable[[], nn.Module], 
 def test_relu_and_dropout_gradients_are_bit_identical(dtype: torch.dtype, width: int, frozen: bool) -> None:
     model = mlp(nn.Sequential(nn.ReLU(), nn.Dropout(0.3)), width=width, frozen=frozen).to(dtype)
     x = torch.randn(128, 32, dtype=dtype, requires_grad=True)
-    backend = fewbit_fx.backend(strict=True, min_numel=0)
+    backend = fewbit_fx.backend(recipe="derivatives", strict=True, min_numel=0)
     y, found = train_step(model, x, backend)
     masks = [s for s in backend.last_report().sites if action(s) == "exact one-bit mask"]
     assert {s.function for s in masks} >= {"dropout"}
@@ -120,7 +120,7 @@ def test_relu_and_dropout_gradients_are_bit_identical(dtype: torch.dtype, width:
 @pytest.mark.parametrize("width", [63, 64])
 def test_symbolic_shapes_run_at_many_sizes_with_one_compilation(width: int) -> None:
     coded, masked = mlp(nn.GELU(), width=width), mlp(nn.Sequential(nn.ReLU(), nn.Dropout(0.3)), width=width)
-    backends = {model: fewbit_fx.backend(strict=True, min_numel=0) for model in (coded, masked)}
+    backends = {model: fewbit_fx.backend(recipe="derivatives", strict=True, min_numel=0) for model in (coded, masked)}
     ways = [(m, way, b) for m in (coded, masked) for way, b in (("fewbit", backends[m]), ("inductor", "inductor"))]
     compiled = {(m, way): torch.compile(m, backend=b, dynamic=True) for m, way, b in ways}
     for rows in (40, 41, 64, 100):
@@ -145,7 +145,7 @@ def test_autocast(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.Monkey
     # A cache of its own: torch 2.11's knows that autocast is on but not to which dtype, and returns the other graph.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, x = mlp(nn.GELU()), torch.randn(128, 32)
-    backend = fewbit_fx.backend(strict=True)
+    backend = fewbit_fx.backend(recipe="derivatives", strict=True)
     outputs = []
     for chosen in ("inductor", backend):
         torch.compiler.reset()
@@ -162,7 +162,7 @@ def test_autocast(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_channels_last() -> None:
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.SiLU(), nn.Conv2d(16, 4, 1)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, 18, 18).to(memory_format=torch.channels_last)
-    backend = fewbit_fx.backend(strict=True)
+    backend = fewbit_fx.backend(recipe="derivatives", strict=True)
     y = torch.compile(model, backend=backend)(x)
     found = gradients(model, y.sum())
     (site,) = backend.last_report().sites
@@ -180,7 +180,7 @@ def test_graph_breaks_make_several_graphs() -> None:
         torch._dynamo.graph_break()
         return second(y)
 
-    backend = fewbit_fx.backend(strict=True)
+    backend = fewbit_fx.backend(recipe="derivatives", strict=True)
     torch.compile(broken, backend=backend)(torch.randn(128, 32)).sum().backward()
     report = backend.last_report()
     assert [s.function for s in report.sites] == ["gelu", "silu"]
@@ -207,19 +207,19 @@ def test_modes_and_inductor_options_reach_inductor(how: str, monkeypatch: pytest
         torch.compile(model, backend="fewbit", options={"bits": 4, "epilogue_fusion": False})(x)
         assert seen == {"mode": None, "options": {"epilogue_fusion": False}, "bits": 4}
     else:
-        backend = fewbit_fx.backend(bits=1, options={"epilogue_fusion": False})
+        backend = fewbit_fx.backend(recipe="derivatives", bits=1, options={"epilogue_fusion": False})
         torch.compile(model, backend=backend)(x)
         assert seen == {"mode": None, "options": {"epilogue_fusion": False}, "bits": 1}
 
 
 def test_an_inductor_option_takes_effect() -> None:
     model, x = mlp(nn.GELU()), torch.randn(128, 32)
-    train_step(model, x, "fewbit", bits=2, epilogue_fusion=False)
+    train_step(model, x, "fewbit", recipe="derivatives", bits=2, epilogue_fusion=False)
     assert "coded in 2 bits" in {action(s) for s in fewbit_fx.last_report().sites}
 
 
 def test_inference_compiles_and_reports_nothing() -> None:
-    backend = fewbit_fx.backend(strict=True)
+    backend = fewbit_fx.backend(recipe="derivatives", strict=True)
     model, x = mlp(nn.GELU()), torch.randn(128, 32)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend=backend)(x), model(x))
@@ -245,7 +245,7 @@ def test_training_converges_as_without() -> None:
             optimizer.step()
         return float(loss.detach())
 
-    exact, ours = final_loss("inductor"), final_loss(fewbit_fx.backend(strict=True))
+    exact, ours = final_loss("inductor"), final_loss(fewbit_fx.backend(recipe="derivatives", strict=True))
     assert ours == pytest.approx(exact, rel=0.02)
     assert exact < 0.45  # from about 0.6: it did learn
 
@@ -262,7 +262,7 @@ def _default_dtype(dtype: torch.dtype) -> Any:
 
 def test_another_default_dtype_changes_nothing() -> None:
     x = torch.randn(64, 96, dtype=torch.float32)
-    _, expected = elementwise(F.gelu, x, fewbit_fx.backend(strict=True, min_numel=0))
+    _, expected = elementwise(F.gelu, x, fewbit_fx.backend(recipe="derivatives", strict=True, min_numel=0))
     with _default_dtype(torch.float64):
-        _, found = elementwise(F.gelu, x, fewbit_fx.backend(strict=True, min_numel=0))
+        _, found = elementwise(F.gelu, x, fewbit_fx.backend(recipe="derivatives", strict=True, min_numel=0))
     assert torch.equal(found, expected)

@@ -30,7 +30,13 @@ def test_rows_sum_to_totals(name: str, budget: float) -> None:
         check_sums(watch(model, x).record)
 
 
-@pytest.mark.parametrize("config", [FewBitConfig(strict=True), FewBitConfig(derivatives=False, masks=False)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        FewBitConfig(recipe="derivatives", strict=True),
+        FewBitConfig(recipe="derivatives", derivatives=False, masks=False),
+    ],
+)
 def test_rows_sum_to_totals_where_little_is_coded(config: FewBitConfig) -> None:
     model, x = model_zoo()["gpt"]
     check_sums(watch(model, x, config=config).record)
@@ -57,10 +63,12 @@ def test_rows_sum_to_totals_under_checkpointing() -> None:
 
 def test_a_site_left_exact_counts_what_is_saved_for_it() -> None:
     """And nothing where nothing is: the sums of all rows would exceed what there is."""
-    seen = watch(mlp(nn.GELU()), torch.randn(256, 32), config=FewBitConfig(derivatives=False))
+    seen = watch(mlp(nn.GELU()), torch.randn(256, 32), config=FewBitConfig(recipe="derivatives", derivatives=False))
     assert before_and_after(seen.happened("gelu")) == [(256 * 64 * 4,) * 2]
     with torch._functorch.config.patch(activation_memory_budget=0.0):
-        recomputed = watch(mlp(nn.GELU()), torch.randn(256, 32), config=FewBitConfig(derivatives=False))
+        recomputed = watch(
+            mlp(nn.GELU()), torch.randn(256, 32), config=FewBitConfig(recipe="derivatives", derivatives=False)
+        )
     assert before_and_after(recomputed.happened("gelu")) == [(0, 0)]
 
 
@@ -188,7 +196,7 @@ class UNet(nn.Module):
 
 
 def test_the_table_of_many_widths_is_short() -> None:
-    seen = watch(UNet(), torch.randn(2, 8, 64, 64), config=FewBitConfig(strict=True))
+    seen = watch(UNet(), torch.randn(2, 8, 64, 64), config=FewBitConfig(recipe="derivatives", strict=True))
     assert len(seen.record.rows) > 100
     check_sums(seen.record)
     lines = str(Report((seen.record,))).splitlines()

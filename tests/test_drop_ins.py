@@ -470,8 +470,8 @@ def test_compiled_kernels_serve_all_sizes(dtype: torch.dtype) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one to encode, one to decode"
 
 
-@pytest.mark.parametrize("backend", ["inductor", "fewbit"])
-def test_within_torch_compile(backend: str) -> None:
+@pytest.mark.parametrize("backend", ["inductor", fewbit_fx.backend(recipe="derivatives")], ids=["inductor", "fewbit"])
+def test_within_torch_compile(backend: Any) -> None:
     model = nn.Sequential(
         nn.Linear(32, 64), fewbit_fx.nn.GELU(), nn.Linear(64, 64), fewbit_fx.nn.ELU(1.7, bits=4), nn.Linear(64, 8)
     )

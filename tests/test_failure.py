@@ -24,7 +24,7 @@ def break_the_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fault_warns_once_and_leaves_the_graph_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     break_the_rewrite(monkeypatch)
     model, x = mlp(nn.GELU(), width=80), torch.randn(128, 32)  # in no cache yet
-    backend = fewbit_fx.backend()
+    backend = fewbit_fx.backend(recipe="derivatives")
     with pytest.warns(
         UserWarning, match="left a graph exact after a fault of its own .*made to fail.* strict=True"
     ) as caught:
@@ -43,7 +43,9 @@ def test_a_fault_warns_once_and_leaves_the_graph_exact(monkeypatch: pytest.Monke
 def test_strict_raises_the_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     break_the_rewrite(monkeypatch)
     with pytest.raises(Exception, match="made to fail"):
-        torch.compile(mlp(nn.GELU(), width=96), backend=fewbit_fx.backend(strict=True))(torch.randn(128, 32))
+        torch.compile(mlp(nn.GELU(), width=96), backend=fewbit_fx.backend(recipe="derivatives", strict=True))(
+            torch.randn(128, 32)
+        )
 
 
 def test_a_rewrite_that_saves_nothing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +77,7 @@ def test_a_derivative_that_depends_on_a_number_unknown_when_compiling() -> None:
         return torch.tanh(x * c)
 
     x = torch.randn(128, 64, requires_grad=True)
-    backend = fewbit_fx.backend(strict=True, min_numel=0)
+    backend = fewbit_fx.backend(recipe="derivatives", strict=True, min_numel=0)
     compiled = torch.compile(scaled, backend=backend)
     for c in (0.5, 0.75, 1.25):
         (found,) = torch.autograd.grad(compiled(x, c).sum(), x)
@@ -99,7 +101,8 @@ def test_the_cache_key_covers_sources_and_options() -> None:
 
     assert key() == key()
     keys = [key(), key(bits=2), key(min_numel=1), key(max_relative_error=0.1), key(derivatives=False), key(masks=False)]
-    keys += [key(strict=True), key(skip=("head",)), key(disable="gain")]
+    keys += [key(strict=True), key(skip=("head",)), key(disable="gain"), key(recipe="lean"), key(recompute=False)]
+    keys += [key(value_bits=4), key(norm_bits=4), key(softmax_bits=4)]
     assert len(set(keys)) == len(keys) == 1 + len(fewbit_fx.FewBitConfig.option_names())
 
 
@@ -169,7 +172,7 @@ def test_a_fault_at_one_site_leaves_the_others_coded(monkeypatch: pytest.MonkeyP
     with pytest.warns(
         UserWarning, match="left one site of a graph exact after a fault of its own .*made to fail"
     ) as caught:
-        seen = watch(two_functions, x, config=fewbit_fx.FewBitConfig(min_numel=0))
+        seen = watch(two_functions, x, config=fewbit_fx.FewBitConfig(recipe="derivatives", min_numel=0))
     assert len([w for w in caught if "fewbit-fx" in str(w.message)]) == 1
     assert {s.function: action(s) for s in seen.record.sites} == {"gelu": "coded in 3 bits", "tanh": "left exact"}
     assert "made to fail" in because(seen.happened("tanh")[0].reason)

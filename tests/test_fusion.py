@@ -22,12 +22,14 @@ if not hasattr(torch._inductor.config, "loop_reindexing_after_fusion"):
 from bench.offline_triton import Generated, compile_for_sm90, generate
 from bench.transformer import Block, BlockConfig, plain_attention
 
-PLAIN = FewBitConfig(derivatives=False, masks=False, strict=True)
+PLAIN = FewBitConfig(recipe="derivatives", derivatives=False, masks=False, strict=True)
 
 
 def both(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, bits: int = 3) -> tuple[Generated, Generated]:
     """The kernels without and with fewbit."""
-    return tuple(generate(model, shape, dtype, c) for c in (PLAIN, FewBitConfig(bits=bits, strict=True)))  # type: ignore[return-value]
+    return tuple(
+        generate(model, shape, dtype, c) for c in (PLAIN, FewBitConfig(recipe="derivatives", bits=bits, strict=True))
+    )  # type: ignore[return-value]
 
 
 def mlp(activation: Callable[[Tensor], Tensor], frozen: bool = False) -> nn.Module:
@@ -108,8 +110,36 @@ def test_no_kernel_spills_on_sm90(dtype: torch.dtype, activation: Callable[[Tens
     The largest holds the words of all planes in registers, and those of what
     is not finite beside them.
     """
-    generated = generate(mlp(activation), (2048, 256), dtype, FewBitConfig(bits=bits, strict=True))
+    generated = generate(
+        mlp(activation), (2048, 256), dtype, FewBitConfig(recipe="derivatives", bits=bits, strict=True)
+    )
     assert all(not site.is_exact for site in generated.record.sites)
     for kernel in (*generated.forward, *generated.backward):
         *smaller, largest = compile_for_sm90(kernel)
         assert all(r.spilled <= PASSED_OVER for r in smaller or [largest]), kernel.name
+
+
+class GatedMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(256, 896, bias=False), nn.Linear(256, 896, bias=False)
+        self.down = nn.Linear(896, 256, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_gated_mlp_with_codes_of_values(bits: int) -> None:
+    """Gate and up are coded in the kernel that multiplies them, and decoded in the one that differentiates that."""
+    own = FewBitConfig(recipe="exact", recompute=False, strict=True)
+    coded = FewBitConfig(value_bits=bits, strict=True, skip=("linear_input",))  # x, which is an argument here
+    plain, fewbit = (generate(GatedMLP(), (2048, 256), torch.bfloat16, c) for c in (own, coded))
+    assert [s.bits for s in fewbit.record.sites if s.form == "values"] == [bits, bits]
+    assert plain.counts == (1, 1)
+    assert len(fewbit.forward) == 1
+    (kernel,) = fewbit.forward
+    saved = 1 if bits == 8 else bits
+    assert (kernel.loads, kernel.stores) == (2, 1 + 2 * (saved + 1))
+    # The gradients and the product for the last weight. Planes are more loads than Inductor fuses unasked.
+    assert len(fewbit.backward) == (1 if bits == 8 else 2)

@@ -35,7 +35,7 @@ ATTRIBUTES = {"dtype", "layout", "device", "pin_memory", "requires_grad"}  # of 
 
 def golden(model: nn.Module, x: Tensor, bits: int) -> str:
     """The text of a model."""
-    seen = watch(model, x, config=FewBitConfig(bits=bits, min_numel=0, strict=True))
+    seen = watch(model, x, config=FewBitConfig(recipe="derivatives", bits=bits, min_numel=0, strict=True))
     text = Text(model, seen)
     forward = list(difference(text.forward(seen.plain), text.forward(seen.chosen)))
     text.forget_all_but(placeholders(seen.plain.backward.graph) + placeholders(seen.chosen.backward.graph))

@@ -23,7 +23,7 @@ from fewbit_fx.reporting.words import action
 from fewbit_fx.torch_private.inductor import partition_only
 from fewbit_fx.torch_private.tensors import kept_by_their_makers
 
-PLAIN = fewbit_fx.FewBitConfig(derivatives=False, masks=False, strict=True)
+PLAIN = fewbit_fx.FewBitConfig(recipe="derivatives", derivatives=False, masks=False, strict=True)
 
 OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
     "tanh": lambda x: torch.tanh(x * 2),
@@ -156,7 +156,7 @@ def test_never_more_than_inductor_across_graph_breaks(names: list[str]) -> None:
 
 def test_compiled_with_kernels_too() -> None:
     held = []
-    for backend in ("inductor", fewbit_fx.backend(strict=True, min_numel=0)):
+    for backend in ("inductor", fewbit_fx.backend(recipe="derivatives", strict=True, min_numel=0)):
         torch.compiler.reset()
         model = Broken(*BROKEN["tanh, then gelu"])
         held.append(held_bytes(torch.compile(model, backend=backend)(torch.randn(256, 64)), model))
@@ -210,7 +210,7 @@ RETAINED: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", RETAINED)
 def test_a_graph_can_be_retained_wherever_inductor_can(name: str) -> None:
     raised = []
-    for backend in ("inductor", fewbit_fx.backend(min_numel=0, strict=True)):
+    for backend in ("inductor", fewbit_fx.backend(recipe="derivatives", min_numel=0, strict=True)):
         torch.compiler.reset()
         compiled = torch.compile(RETAINED[name], backend=backend)
         x = torch.randn(64, 64, requires_grad=True)

@@ -88,7 +88,10 @@ def test_backend(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: x.t(), lambda x: x[:, ::3], lambda x: x[:2]])
 def test_backend_bits_and_layouts(make: Callable[[Tensor], Tensor], bits: int) -> None:
-    module, config = Activated(nn.GELU()), FewBitConfig(strict=True, min_numel=0, bits=bits, max_relative_error=9.0)
+    module, config = (
+        Activated(nn.GELU()),
+        FewBitConfig(recipe="derivatives", strict=True, min_numel=0, bits=bits, max_relative_error=9.0),
+    )
     x = torch.randn(40, 129)
     bad = poisoned(x)
     exact, found, clean = (
@@ -159,7 +162,7 @@ def test_compiled(dtype: torch.dtype) -> None:
 
     xs = [torch.randn(50, 130).to(dtype) for _ in (*functions, one_bit)]
     bad = [poisoned(x) for x in xs]
-    compiled = torch.compile(run, backend=fewbit_fx.backend(strict=True, min_numel=0))
+    compiled = torch.compile(run, backend=fewbit_fx.backend(recipe="derivatives", strict=True, min_numel=0))
     found, clean = gradients(compiled, bad), gradients(compiled, xs)
     for i, function in enumerate(functions):
         check(found[i], clean[i], _gradient(lambda x, f=function: f(x) * 3, bad[i]), bad[i])

@@ -31,8 +31,8 @@ NAMES = [
     "softshrink", "threshold",
 ]  # fmt: skip
 OPS = {op.name.removeprefix("nn.functional."): op for op in op_db if not op.variant_test_name}
-CODED = FewBitConfig(min_numel=0, strict=True)
-PLAIN = FewBitConfig(min_numel=0, strict=True, derivatives=False, masks=False)
+CODED = FewBitConfig(recipe="derivatives", min_numel=0, strict=True)
+PLAIN = FewBitConfig(recipe="derivatives", min_numel=0, strict=True, derivatives=False, masks=False)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ NAMES = [step.name for step in PASSES]
 
 
 def config(**options: object) -> FewBitConfig:
-    return FewBitConfig(strict=True, min_numel=0).updated(options)
+    return FewBitConfig(recipe="derivatives", strict=True, min_numel=0).updated(options)
 
 
 def test_the_order_is_stated_once() -> None:
-    assert NAMES == ["find", "represent", "gain", "rewrite", "compare"]
+    assert NAMES == ["find", "represent", "gain", "protect", "rewrite", "compare"]
 
 
 def test_each_pass_is_timed() -> None:

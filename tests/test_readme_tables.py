@@ -74,6 +74,43 @@ def test_old_and_new_files_of_the_demo_make_one_table(tmp_path: Path) -> None:
     ]
 
 
+def write_recipe(folder: Path, model: str, recipe: str, held: int, ratio: float, seed: int = 0) -> None:
+    """A run that held 80 MiB under inductor, 60 within its budget."""
+    results = {
+        backend: {"held_bytes": held * 2**20, "validation_loss": loss, "timing": {"ratio": ratio}}
+        for backend, held, loss, ratio in (
+            ("inductor", 80, 2.0, 1.0),
+            ("budget_0.9", 60, 2.0, ratio + 0.1),
+            ("fewbit", held, 2.02, ratio),
+        )
+    }
+    settings = f"model {model}, recipe {recipe}, bits 3, steps 400, seed {seed}, device cpu, dtype float32, lora False"
+    conditions = {**NEW, "settings": settings}
+    name = f"demo_cpu_{model}_{recipe}_{seed}"
+    write(folder, name, conditions, results=results, first_step={"gradient_error": 0.01})
+
+
+def test_recipes_stand_beside_inductors_leaner_cut(tmp_path: Path) -> None:
+    write_demo(tmp_path, 3, NEW, fewbit={"timing": {"ratio": 0.9}})
+    write_recipe(tmp_path, "gpt", "lean", 20, 1.2)
+    write_recipe(tmp_path, "gpt", "default", 40, 1.1)
+    write_recipe(tmp_path, "llama", "default", 30, 1.0)
+    write_recipe(tmp_path, "llama", "default", 30, 1.0, seed=1)
+    assert table(tmp_path, "demo")[:-1] == [
+        "| recipe | saved for backward | validation loss | median step | error of the first gradient |",
+        "| --- | --- | --- | --- | --- |",
+        "| inductor | 80.0 MiB | 2.000 |  | exact |",
+        "| inductor, budget 0.9 | 60.0 MiB (-25.0 %) | +0.00 % | x 1.20, x 1.30 | exact |",
+        "| **3 (default)** | **43.0 MiB (-46.2 %)** | **+25.00 %** | **x 0.90** | **20 %** |",
+        "| **default** | **40.0 MiB (-50.0 %)** | **+1.00 %** | **x 1.10** | **1.0 %** |",
+        "| lean | 20.0 MiB (-75.0 %) | +1.00 % | x 1.20 | 1.0 % |",
+        "| Llama, inductor | 80.0 MiB | 2.000 |  | exact |",
+        "| Llama, inductor, budget 0.9 | 60.0 MiB (-25.0 %) | +0.00 % | x 1.10 | exact |",
+        "| Llama, default | 30.0 MiB (-62.5 %) | +1.00 % | x 1.00 | 1.0 % |",
+        "| Llama, default, seed 1 | 30.0 MiB (-62.5 %) | +1.00 % | x 1.00 | 1.0 % |",
+    ]
+
+
 def test_a_short_run_has_neither_loss_nor_time(tmp_path: Path) -> None:
     write_demo(tmp_path, 2, OLD, inductor={"step_ms": 200.0}, fewbit={"step_ms": 180.0})
     write_demo(tmp_path, 1, OLD, steps=3, inductor={"step_ms": 200.0}, fewbit={"step_ms": 9.0})
@@ -139,10 +176,14 @@ def test_blocks_steps_and_compilations_have_rows(tmp_path: Path) -> None:
     write(tmp_path, "step_lora_cpu", NEW, settings=settings, results=timings)
     write(tmp_path, "step_2bit_cpu", NEW, settings=settings | {"bits": 2}, results=timings)
     write(tmp_path, "step_lora_cuda", NEW, settings=settings, results=timings)
+    recipe = {"timings": {"fewbit": {"ratio": 1.2}, "budget_0.9": {"ratio": 1.1}}}
+    of_llama = settings | {"model": "llama", "recipe": "lean", "lora": False}
+    write(tmp_path, "step_llama_cpu", NEW, settings=of_llama, results=recipe)
     compilation = {"layers": 2, "pass_s": 0.25, "ratio": 1.1}
     write(tmp_path, "compile_time_cpu", NEW, settings={"bits": 3}, rows=[compilation])
     assert [row.split(" | ")[:2] for row in table(tmp_path, "speed")[2:-1]] == [
         ["| MLP block, 4 x 256 x 64, trained", "0.90"],
+        ["| training step of the demo's Llama, 4 layers, 2 x 64, recipe lean, 1.10 with inductor, budget 0.9", "1.20"],
         ["| training step of the demo's GPT, 4 layers, 2 x 64, LoRA", "0.70"],
         ["| cold compilation, 2 layers, 0.2 s of it in fewbit's passes", "1.10"],
     ]

@@ -49,7 +49,9 @@ def model_and_inputs(name: str) -> tuple[Any, dict[str, Any]]:
 def test_rows_sum_to_totals(name: str, budget: float) -> None:
     model, inputs = model_and_inputs(name)
     with torch._functorch.config.patch(activation_memory_budget=budget):
-        report = fewbit_fx.explain(model, **inputs, fewbit_config=fewbit_fx.FewBitConfig(strict=True, min_numel=1024))
+        report = fewbit_fx.explain(
+            model, **inputs, fewbit_config=fewbit_fx.FewBitConfig(recipe="derivatives", strict=True, min_numel=1024)
+        )
     assert report.plain_bytes > 0
     for graph in report.graphs:
         check_sums(graph)

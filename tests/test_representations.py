@@ -85,7 +85,7 @@ class RoundedGELU(nn.Module):
 def test_a_representation_from_outside_runs_end_to_end() -> None:
     torch.compiler.reset()
     model, x = mlp(nn.GELU(), frozen=True), torch.randn(256, 32)
-    backend = fewbit_fx.backend(proposals=[half_precision], strict=True)
+    backend = fewbit_fx.backend(recipe="derivatives", proposals=[half_precision], strict=True)
     output = torch.compile(model, backend=backend)(x)
     (site,) = backend.last_report().sites
     assert (site.function, action(site)) == ("gelu", "stored as float16 in 16 bits")
@@ -113,10 +113,14 @@ def test_what_is_traced_is_the_key_of_its_trace() -> None:
     """Equal layers share encode and decode; another function, number of bits or dtype does not."""
 
     def parts(activation: nn.Module, bits: int = 3, dtype: torch.dtype = torch.float32) -> list[object]:
-        seen = watch(mlp(activation).to(dtype), torch.randn(64, 32, dtype=dtype), config=FewBitConfig(bits, 0))
+        seen = watch(
+            mlp(activation).to(dtype),
+            torch.randn(64, 32, dtype=dtype),
+            config=FewBitConfig(bits, 0, recipe="derivatives"),
+        )
         from fewbit_fx.passes.plan import choose
 
-        decisions = [choose(site, FewBitConfig(bits, 0)) for site in seen.sites]
+        decisions = [choose(site, FewBitConfig(bits, 0, recipe="derivatives")) for site in seen.sites]
         return [(d.encode, d.decode) for d in decisions if isinstance(d, Representation)]
 
     assert parts(nn.GELU()) == parts(nn.GELU())
@@ -127,7 +131,7 @@ def test_what_is_traced_is_the_key_of_its_trace() -> None:
 @pytest.mark.parametrize("skip", ["1", ["1"], ("2", "?")])
 def test_sites_of_skipped_modules_are_left_exact(skip: object) -> None:
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
-    config = FewBitConfig(min_numel=0, strict=True).updated({"skip": skip})
+    config = FewBitConfig(recipe="derivatives", min_numel=0, strict=True).updated({"skip": skip})
     seen = watch(model.requires_grad_(False), torch.randn(64, 32, requires_grad=True), config=config)
     (gelu,) = seen.happened("gelu")
     assert (action(gelu), gelu.module) == ("left exact", "1")
@@ -136,14 +140,14 @@ def test_sites_of_skipped_modules_are_left_exact(skip: object) -> None:
 
 def test_skip_names_the_modules_alone() -> None:
     model = mlp(nn.GELU(), frozen=True)
-    seen = watch(model, torch.randn(64, 32), config=FewBitConfig(min_numel=0, skip=("2",)))
+    seen = watch(model, torch.randn(64, 32), config=FewBitConfig(recipe="derivatives", min_numel=0, skip=("2",)))
     assert [action(s) for s in seen.happened("gelu")] == ["coded in 3 bits"]
 
 
 @pytest.mark.parametrize("skip", [3, ("a", 3), {"a": 1}])
 def test_skip_is_checked(skip: object) -> None:
     with pytest.raises(TypeError, match=r"'skip' is .* allowed is a pattern of module paths"):
-        FewBitConfig(skip=skip)  # type: ignore[arg-type]
+        FewBitConfig(recipe="derivatives", skip=skip)  # type: ignore[arg-type]
 
 
 def test_each_decision_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -27,12 +27,16 @@ from fewbit_fx.passes.representations.derivative_codes import PRODUCT
 from fewbit_fx.passes.splice import trace
 from fewbit_fx.reporting.words import action, because
 
-PLAIN = FewBitConfig(derivatives=False, masks=False, min_numel=0, strict=True)
+PLAIN = FewBitConfig(recipe="derivatives", derivatives=False, masks=False, min_numel=0, strict=True)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_a_frozen_mlp_saves_codes_in_place_of_x(bits: int) -> None:
-    seen = watch(mlp(nn.GELU(), frozen=True), torch.randn(256, 32), config=FewBitConfig(bits=bits, strict=True))
+    seen = watch(
+        mlp(nn.GELU(), frozen=True),
+        torch.randn(256, 32),
+        config=FewBitConfig(recipe="derivatives", bits=bits, strict=True),
+    )
     (site,) = seen.record.sites
     assert action(site) == f"coded in {bits} bit{'s' if bits > 1 else ''}"
     assert (site.bytes_before, site.bytes_after) == (256 * 64 * 4, 256 * 64 * bits // 8)
@@ -102,7 +106,9 @@ def test_a_saved_view_counts_with_all_of_its_storage() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(x).chunk(3, -1)[1].sin().sin()
 
-    seen = watch(Part(), torch.randn(64, 32, requires_grad=True), config=FewBitConfig(derivatives=False))
+    seen = watch(
+        Part(), torch.randn(64, 32, requires_grad=True), config=FewBitConfig(recipe="derivatives", derivatives=False)
+    )
     assert seen.record.plain_bytes == 64 * 96 * 4
 
 
@@ -153,22 +159,26 @@ def test_unbounded_derivatives_stay_exact_and_say_why() -> None:
 
 
 def test_small_tensors_stay_exact_and_say_why() -> None:
-    seen = watch(mlp(nn.GELU()), torch.randn(63, 32), config=FewBitConfig(strict=True))
+    seen = watch(mlp(nn.GELU()), torch.randn(63, 32), config=FewBitConfig(recipe="derivatives", strict=True))
     assert unchanged(seen)
     assert [because(s.reason) for s in seen.record.sites] == ["it has 4,032 elements, fewer than min_numel = 4,096"]
-    assert watch(mlp(nn.GELU()), torch.randn(64, 32), config=FewBitConfig(strict=True)).coded
+    assert watch(mlp(nn.GELU()), torch.randn(64, 32), config=FewBitConfig(recipe="derivatives", strict=True)).coded
 
 
 def test_switched_off_passes_say_so() -> None:
     model = mlp(nn.Sequential(nn.GELU(), nn.Dropout(0.1)), frozen=True)
-    off = FewBitConfig(strict=True, min_numel=0, derivatives=False, masks=False)
+    off = FewBitConfig(recipe="derivatives", strict=True, min_numel=0, derivatives=False, masks=False)
     seen = watch(model, torch.randn(64, 32), config=off)
     assert unchanged(seen)
     assert {because(s.reason) for s in seen.record.sites} == {
         "derivatives are switched off (derivatives=False)",
         "masks are switched off (masks=False)",
     }
-    only_masks = watch(model, torch.randn(64, 32), config=FewBitConfig(strict=True, min_numel=0, derivatives=False))
+    only_masks = watch(
+        model,
+        torch.randn(64, 32),
+        config=FewBitConfig(recipe="derivatives", strict=True, min_numel=0, derivatives=False),
+    )
     assert [s.function for s in only_masks.coded] == ["dropout"]
 
 
@@ -176,7 +186,7 @@ def test_too_large_an_error_stays_exact_and_says_so() -> None:
     seen = watch(
         mlp(nn.GELU()),
         torch.randn(64, 32),
-        config=FewBitConfig(bits=1, strict=True, min_numel=0, max_relative_error=0.1),
+        config=FewBitConfig(recipe="derivatives", bits=1, strict=True, min_numel=0, max_relative_error=0.1),
     )
     assert unchanged(seen)
     assert "above max_relative_error = 10%" in because(seen.record.sites[0].reason)

@@ -54,7 +54,7 @@ def test_a_size_from_data_is_exact_and_the_rest_is_coded(name: str, selection: s
 @pytest.mark.usefixtures("captured_sizes")
 def test_no_rows_at_run_time() -> None:
     """An expert without tokens, with a width that fills blocks of bits."""
-    backend = fewbit_fx.backend(min_numel=0, strict=True)
+    backend = fewbit_fx.backend(recipe="derivatives", min_numel=0, strict=True)
     compiled = torch.compile(lambda x, keep: F.gelu(x[keep] * 2), backend=backend, fullgraph=True)
     x = torch.randn(200, 512, requires_grad=True)
     for rows in (150, 0, 3):
@@ -75,7 +75,7 @@ def test_no_elements_when_compiling() -> None:
 
 def test_rows_that_come_and_go() -> None:
     """A dynamic dimension, recompiled for no rows."""
-    backend = fewbit_fx.backend(min_numel=0, strict=True)
+    backend = fewbit_fx.backend(recipe="derivatives", min_numel=0, strict=True)
     compiled = torch.compile(lambda x: F.gelu(x * 2) @ WEIGHT, backend=backend, dynamic=True)
     for rows in (8, 0, 33, 1, 0):
         x = torch.randn(rows, 64, requires_grad=True)

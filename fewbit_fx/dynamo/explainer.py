@@ -39,7 +39,7 @@ def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig |
         >>> model = model.requires_grad_(False)  # what trains is before it
         >>> report = fewbit_fx.explain(model, torch.randn(128, 32, requires_grad=True))
         >>> print(report)  # doctest: +ELLIPSIS
-        graph 0/0
+        graph 0/0: recipe default
           where  count  function  shape   dtype    what happened    bytes before  after  rel. error
           1          1  gelu      128x64  float32  coded in 3 bits        32,768  3,072       ...%
         ...

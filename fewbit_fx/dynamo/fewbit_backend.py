@@ -101,7 +101,7 @@ def last_report() -> Report:
         >>> compiled(torch.randn(128, 32)).sum().backward()
         >>> report = fewbit_fx.last_report()
         >>> report.model, report.plain_bytes, report.fewbit_bytes
-        ('Sequential', 81920, 52224)
+        ('Sequential', 81920, 25088)
     """
     return _all_backends.report()
 
@@ -127,11 +127,11 @@ def backend(
     Example:
         >>> import torch, fewbit_fx
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
-        >>> backend = fewbit_fx.backend(bits=2, mode="max-autotune-no-cudagraphs")
+        >>> backend = fewbit_fx.backend(value_bits=4, mode="max-autotune-no-cudagraphs")
         >>> compiled = torch.compile(model, backend=backend)
         >>> compiled(torch.randn(128, 32)).sum().backward()
-        >>> [(site.name, site.bits) for site in backend.last_report().sites]
-        [('1.gelu', 2)]
+        >>> [(site.name, site.bits) for site in backend.last_report().sites if site.bits]
+        [('0.factor', 4)]
     """
     config, inductor = split_options({**(options or {}), **fewbit}, FewBitConfig())
     return FewBitBackend(config, mode, inductor, proposals)

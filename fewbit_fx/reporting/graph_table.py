@@ -70,7 +70,7 @@ class _Row:
 
 def graph_lines(graph: GraphRecord) -> list[str]:
     """The lines of one graph: its sites by kind, codes by place too, then all else that is saved by what reads it."""
-    lines = [f"graph {graph.compile_id}" + (f": left exact, because {because(graph.note)}" if graph.note else "")]
+    lines = [f"graph {graph.compile_id}{_about(graph)}"]
     if not graph.sites and not graph.note:
         lines.append("  no pointwise nonlinearity and no mask found")
     rows = [_site_row(group) for group in _grouped(graph.sites, _site_kind)]
@@ -80,6 +80,13 @@ def graph_lines(graph: GraphRecord) -> list[str]:
     if rows:
         lines += text_table(_COLUMNS, (row.cells(reasons) for row in rows), _RIGHT_ALIGNED)
     return lines + [f"  [{i}] left exact, because {reason}" for i, reason in enumerate(reasons, 1)]
+
+
+def _about(graph: GraphRecord) -> str:
+    if graph.note:
+        return f": left exact, because {because(graph.note)}"
+    again = ", pointwise operations computed again in the backward" if graph.computes_again else ""
+    return f": recipe {graph.recipe}{again}" if graph.recipe else ""
 
 
 def _grouped(records: Iterable[AnyRecord], kind: Callable[[AnyRecord], Hashable]) -> list[list[AnyRecord]]:
@@ -129,7 +136,7 @@ def _kind(operation: str) -> str:
 
 def _fate(other: OtherRecord) -> str:
     if not other.bytes_after:
-        return "no longer saved"
+        return "computed again, or no longer read"
     return "saved as it is" if other.bytes_before else "saved in place of others"
 
 

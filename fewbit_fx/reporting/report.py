@@ -11,8 +11,8 @@ from fewbit_fx.reporting.graph_table import graph_lines
 from fewbit_fx.reporting.words import ReportedSite, because, in_words
 
 _RELATIVE_ERROR = (
-    "rel. error: root mean square of (nearest level - f'(x)) over that of f'(x); a prediction for typical x,\n"
-    "normal where f' varies and a few per cent beyond, not measured on your data"
+    "rel. error: root mean square of the error over that of f'(x), or of a value; a prediction, not measured on your\n"
+    "data: for typical x, normal where f' varies and a few per cent beyond, and for values of a normal distribution"
 )
 
 

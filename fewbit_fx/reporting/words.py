@@ -20,6 +20,12 @@ _BECAUSE = {
     Cause.SIZE_NOT_IN_BACKWARD: "its size follows from a number that the backward is not given",
     Cause.NO_FULL_BLOCK: "its size is symbolic, and its {elements:,} elements do not fill a block of bits",
     Cause.RECOMPUTED: "activation checkpointing computes it again in the backward",
+    Cause.EXACT_BY_OPTION: "the option {option} is None",
+    Cause.DTYPE: "its dtype {dtype} has a wider range than the scales of codes",
+    Cause.DATA: "it is data, which the caller keeps",
+    Cause.INTEGER: "it holds whole numbers",
+    Cause.DECIDES: "the backward decides by it, and would decide otherwise near the threshold",
+    Cause.STATISTIC: "it is a statistic, which many elements are computed from",
     Cause.NO_REPRESENTATION: "no representation is for a site of its kind",
     Cause.PRODUCT: "it is a product with a tensor, whose own values the backward needs",
     Cause.LOSS: "it is the derivative of a loss, whose arguments go to where no level is near it",
@@ -43,7 +49,11 @@ _BECAUSE = {
 }
 
 # What a representation does, by its form.
-_ACTIONS = {"codes": "coded in {bits} bit{s}", "mask": "exact one-bit mask"}
+_ACTIONS = {
+    "codes": "coded in {bits} bit{s}",
+    "values": "values in {bits} bits",
+    "mask": "exact one-bit mask",
+}
 _OTHER_ACTION = "stored as {form} in {bits} bit{s}"
 
 

@@ -15,8 +15,10 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn  # base class 
 __all__ = [
     "CustomPartitionerFn",
     "cache_folder",
+    "cheap_recomputation",
     "compile_with_inductor",
     "donate_nothing",
+    "has_a_budget",
     "inductor_options",
     "min_cut_rematerialization_partition",
     "no_buffer_donated",
@@ -99,6 +101,27 @@ def _donation_by_choice() -> Iterator[None]:
         yield
     finally:
         graph_compile.collect_bw_donated_buffer_idxs = rule
+
+
+def cheap_recomputation(*, all_unmarked: bool) -> AbstractContextManager[None]:
+    """Let torch's min-cut compute operations again wherever that saves memory.
+
+    These are the rules that it lifts itself, one after another, when a budget of activation memory asks for less.
+
+    Args:
+        all_unmarked: Whether it may do so with any operation that is not marked ``MUST_SAVE``, and not just with those
+            on its own list.
+    """
+    rules = {"ban_recompute_long_fusible_chains": False, "ban_recompute_materialized_backward": False}
+    if all_unmarked:
+        rules["ban_recompute_not_in_allowlist"] = False
+    patched: AbstractContextManager[None] = torch._functorch.config.patch(rules)
+    return patched
+
+
+def has_a_budget() -> bool:
+    """Whether the user asks torch's partitioner for less activation memory than its default takes."""
+    return torch._functorch.config.activation_memory_budget < 1
 
 
 def no_buffer_donated() -> AbstractContextManager[None]:

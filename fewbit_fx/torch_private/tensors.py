@@ -28,9 +28,9 @@ def version(x: Tensor) -> int:
 def kept_by_their_makers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[int, ...]:
     """Positions of a graph's inputs whose storage is kept for its own backward by the operation that made them.
 
-    Behind a graph break the inputs of a graph are the outputs of another, which may have saved them. Hooks on saved
-    tensors are not run: they may compute a whole checkpoint again. Where AOTAutograd will number the inputs in
-    another way, none are named.
+    A leaf, such as a parameter that is an argument, is kept by what accumulates its gradient. Behind a graph break the
+    inputs of a graph are the outputs of another, which may have saved them. Hooks on saved tensors are not run: they
+    may compute a whole checkpoint again. Where AOTAutograd will number the inputs in another way, none are named.
 
     Args:
         gm: Dynamo's graph.
@@ -45,6 +45,8 @@ def kept_by_their_makers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> t
 def _is_kept_by_its_maker(x: Tensor) -> bool:
     if isinstance(x, FakeTensor) or x.layout != torch.strided:
         return False
+    if x.is_leaf:
+        return x.requires_grad
     pointer, node = x.untyped_storage().data_ptr(), x.grad_fn
     while node is not None:
         kept = list(_unhooked_saved_tensors(node))

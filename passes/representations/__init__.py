@@ -3,9 +3,10 @@
 from .derivative_codes import DerivativeCodes, propose_derivative_codes
 from .packed_mask import PackedMask, propose_packed_mask
 from .representation import Decision, Decode, Encode, Exact, Proposal, Representation
+from .value_codes import ValueCodes, propose_value_codes
 
 # Asked in this order; the first answer counts.
-PROPOSALS: tuple[Proposal, ...] = (propose_packed_mask, propose_derivative_codes)
+PROPOSALS: tuple[Proposal, ...] = (propose_packed_mask, propose_derivative_codes, propose_value_codes)
 
 __all__ = [
     "PROPOSALS",
@@ -17,4 +18,5 @@ __all__ = [
     "PackedMask",
     "Proposal",
     "Representation",
+    "ValueCodes",
 ]

@@ -49,15 +49,12 @@ class Representation(ABC):
     Attributes:
         site: The site.
         form: One word for the kind of representation, such as ``codes``.
+        bits: Bits stored per element.
     """
 
     site: Site
     form: str
-
-    @property
-    @abstractmethod
-    def bits(self) -> int:
-        """Bits stored per element."""
+    bits: int
 
     @property
     @abstractmethod

@@ -5,7 +5,20 @@
 
 from .derivative_site import DerivativeSite, Origin
 from .find import find_sites, linear_inputs
+from .find_values import find_values
 from .mask_site import MaskSite
 from .site import Site, Unreadable
+from .value_site import Reader, ValueSite
 
-__all__ = ["DerivativeSite", "MaskSite", "Origin", "Site", "Unreadable", "find_sites", "linear_inputs"]
+__all__ = [
+    "DerivativeSite",
+    "MaskSite",
+    "Origin",
+    "Reader",
+    "Site",
+    "Unreadable",
+    "ValueSite",
+    "find_sites",
+    "find_values",
+    "linear_inputs",
+]

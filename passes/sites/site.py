@@ -46,6 +46,11 @@ class Site(ABC):
     def replaced(self) -> fx.Node:
         """The node of the backward in whose place a decoded value is put."""
 
+    @property
+    def is_last_resort(self) -> bool:
+        """Whether it is coded only where the codes of other sites leave its tensor saved."""
+        return False
+
     @abstractmethod
     def place(self, replaced: fx.Node) -> tuple[fx.Node, fx.Node]:
         """Where the decoded value is computed.

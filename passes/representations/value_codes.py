@@ -1,0 +1,118 @@
+"""Few-bit codes of a tensor's own values, with a scale for each block of 32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fewbit_fx.codec.bitplanes import PlaneLayout
+from fewbit_fx.codec.block_scaled import (
+    CODED_DTYPES,
+    block_layout,
+    decode_values,
+    encode_values,
+    saved_per_part,
+    scale_nbytes,
+)
+from fewbit_fx.config import FewBitConfig
+
+from ..graph import value_of
+from ..reasons import Cause, Reason
+from ..sites import Reader, Site, ValueSite
+from ..splice import description
+from .representation import Decision, Decode, Encode, Exact
+from .stored_in_planes import StoredInPlanes
+
+# Root mean square of the error over that of the values, for a normal distribution; by bits.
+NORMAL_ERROR = {2: 0.52, 3: 0.202, 4: 0.089, 5: 0.0431, 6: 0.021, 7: 0.0113, 8: 0.0055}
+_OPTIONS = {Reader.NORM: "norm_bits", Reader.SOFTMAX: "softmax_bits"}
+
+
+@dataclass(frozen=True)
+class EncodeValues(Encode):
+    """Values to codes and scales."""
+
+    bits: int
+    layout: PlaneLayout
+
+    def __call__(self, value: Tensor) -> list[Tensor]:
+        """The codes, uint8 or bit planes, and the scales, bfloat16."""
+        return encode_values(value, self.bits, self.layout)
+
+
+@dataclass(frozen=True)
+class DecodeValues(Decode):
+    """Codes and scales to values.
+
+    Attributes:
+        bits: Bits per element.
+        layout: The layout of the blocks.
+        like: The description of the tensor (``splice.description``).
+        tensor: The fake tensor, for its sizes. It is not compared, because they are in the description.
+    """
+
+    bits: int
+    layout: PlaneLayout
+    like: tuple[object, ...]
+    tensor: Tensor = field(compare=False)
+
+    def __call__(self, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> Tensor:
+        """The values."""
+        return decode_values(saved, self.bits, self.layout, self.tensor)
+
+
+@dataclass(frozen=True)
+class ValueCodes(StoredInPlanes):
+    """b bits per element and half a bit of scale."""
+
+    site: ValueSite
+    bits: int
+    form = "values"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and the scales."""
+        return super().nbytes + scale_nbytes(self.value, self.layout)
+
+    @property
+    def tensors(self) -> int:
+        """The fields of the codes and the scales, in as many parts as the layout has."""
+        return saved_per_part(self.bits, self.value.device) * self.layout.parts(self.value)
+
+    @property
+    def layout(self) -> PlaneLayout:
+        """Blocks of neighbours in memory, on every device."""
+        return block_layout(self.value, self.bits)
+
+    @property
+    def encode(self) -> EncodeValues:
+        """Encode the values."""
+        return EncodeValues(self.bits, self.layout)
+
+    @property
+    def decode(self) -> DecodeValues:
+        """Decode them."""
+        return DecodeValues(self.bits, self.layout, description(self.site.node), self.value)
+
+    @property
+    def relative_error(self) -> float:
+        """Predicted for a normal distribution."""
+        return NORMAL_ERROR[self.bits]
+
+
+def propose_value_codes(site: Site, config: FewBitConfig) -> Decision | None:
+    """Codes of the bits that the options give to what reads the values."""
+    if not isinstance(site, ValueSite):
+        return None
+    if site.kept_as is not None:
+        return Exact(site.kept_as)
+    option = _OPTIONS.get(site.reader, "value_bits")
+    bits: int | None = getattr(config, option)
+    if bits is None:
+        return Exact(Reason.of(Cause.EXACT_BY_OPTION, option=option))
+    dtype = value_of(site.node).dtype
+    if dtype not in CODED_DTYPES:
+        return Exact(Reason.of(Cause.DTYPE, dtype=str(dtype).removeprefix("torch.")))
+    return ValueCodes(site, bits)

@@ -1,0 +1,160 @@
+"""Find the saved tensors of a cut that could be coded for their own values, and what reads each."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from fewbit_fx.torch_private.graphs import OpOverload
+from fewbit_fx.torch_private.sizes import hint
+
+from ..graph import (
+    MOVEMENTS,
+    aten,
+    by_name,
+    descendants,
+    is_pointwise,
+    output_values,
+    placeholders,
+    same_shape,
+    tangents,
+    value_of,
+)
+from ..partition import Partition
+from ..reasons import Cause, Reason
+from .value_site import Reader, ValueSite
+
+DATA, STATISTIC, INTEGER = Reason(Cause.DATA), Reason(Cause.STATISTIC), Reason(Cause.INTEGER)
+_PRODUCTS = frozenset({aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.linear, aten._scaled_mm, aten._grouped_mm})
+_REDUCTIONS = frozenset(
+    {aten.sum, aten.mean, aten.var, aten.var_mean, aten.std, aten.amax, aten.amin, aten.max, aten.logsumexp, aten.norm}
+) | {aten.linalg_vector_norm, aten.prod}
+_ROOTS = frozenset({aten.rsqrt, aten.sqrt, aten.reciprocal})
+_FEWER = 8  # a statistic has at most this fraction of the elements that it was computed from
+
+
+def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
+    """The tensors that a cut saves, but for masks, in the order in which it saves them.
+
+    Left exact are integers, inputs of the graph that need no gradient (data, which the caller keeps), and statistics
+    such as the variance of a norm: small, and read by many elements each. What lives anyway, as parameters do, is
+    no site.
+
+    Args:
+        joint: The joint graph of the cut.
+        partition: The cut.
+    """
+    nodes, data = by_name(joint), _data(joint)
+    readers = _readers(partition.backward.graph, _norm_inputs(joint))
+    saved = {n.name for storage in partition.saved_storages().values() for n in storage}
+
+    def kept_as(node: fx.Node) -> Reason | None:
+        if not value_of(node).dtype.is_floating_point:
+            return INTEGER
+        if node.name in data:
+            return DATA
+        return STATISTIC if _is_statistic(node) else None
+
+    return [
+        ValueSite(nodes[n.name], readers[n.name], kept_as(nodes[n.name]))
+        for n in partition.saved()
+        if n.name in saved and n.name in nodes and value_of(n).dtype != torch.bool
+    ]
+
+
+def _packet(node: fx.Node) -> object:
+    """The operation without the name of its overload."""
+    return node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
+
+
+def _data(joint: fx.Graph) -> set[str]:
+    """Names of the inputs of the graph whose gradient is not asked for."""
+    incoming = set(tangents(joint))
+    inputs = [n for n in placeholders(joint) if n not in incoming]
+    gradients = output_values(joint)[-len(inputs) :] if inputs else []
+    return {n.name for n, gradient in zip(inputs, gradients, strict=True) if gradient is None}
+
+
+def _is_statistic(node: fx.Node) -> bool:
+    """Whether the value follows, element by element, from a reduction of something much larger."""
+    front, seen = [node], set()
+    while front:
+        current = front.pop()
+        if current in seen or not isinstance(value_of(current), Tensor):
+            continue
+        seen.add(current)
+        if current.target is operator.getitem or _packet(current) in _REDUCTIONS:
+            reduced = current.args[0] if current.target is operator.getitem else current
+            assert isinstance(reduced, fx.Node), "an operation on tensors"
+            if _FEWER * _numel(node) <= max(map(_numel, reduced.all_input_nodes), default=0):
+                return True
+        elif is_pointwise(current) or current.target in MOVEMENTS:
+            front += current.all_input_nodes
+    return False
+
+
+def _numel(node: fx.Node) -> int:
+    value = value_of(node)
+    return hint(value.numel()) if isinstance(value, Tensor) else 0
+
+
+def _leads_on(node: fx.Node) -> bool:
+    """Whether an operation computes each element from few others, so that what it reads is read for what it makes."""
+    return is_pointwise(node) or node.target in MOVEMENTS
+
+
+def _norm_inputs(graph: fx.Graph) -> set[str]:
+    """Names of what leads, element by element, to a reduction of which a root is taken: as in any normalisation."""
+    has_root: dict[fx.Node, bool] = {}
+    is_input: dict[fx.Node, bool] = {}
+    for node in reversed(graph.nodes):
+        has_root[node] = _packet(node) in _ROOTS or any(
+            has_root[user] for user in node.users if is_pointwise(user) or user.target is operator.getitem
+        )
+        is_input[node] = any(
+            (_packet(user) in _REDUCTIONS and _takes_a_root(user, has_root)) or (_leads_on(user) and is_input[user])
+            for user in node.users
+        )
+    return {node.name for node, found in is_input.items() if found}
+
+
+def _takes_a_root(reduction: fx.Node, has_root: Mapping[fx.Node, bool]) -> bool:
+    return any(has_root[user] for user in reduction.users if is_pointwise(user) or user.target is operator.getitem)
+
+
+def _readers(backward: fx.Graph, norm_inputs: set[str]) -> dict[str, Reader]:
+    """For each node's name the most sensitive reader of its values; recomputed values are followed to theirs."""
+    gradients = descendants(tangents(backward))
+    found: dict[str, Reader] = {}
+    for node in reversed(backward.nodes):
+        readers = [_reading(user) for user in node.users if user in gradients or not _leads_on(user)]
+        readers += [found[user.name] for user in node.users if user not in gradients and _leads_on(user)]
+        readers += [Reader.SOFTMAX for user in node.users if _is_exponential_of_a_softmax(user)]
+        readers += [Reader.NORM] if node.name in norm_inputs else []
+        found[node.name] = max(readers, default=Reader.FACTOR)
+    return found
+
+
+def _reading(node: fx.Node) -> Reader:
+    """What an operation reads its inputs for."""
+    name = f"{getattr(node.meta.get('original_aten'), '__name__', '')} {node.target}"
+    if "attention" in name or "softmax" in name:
+        return Reader.SOFTMAX
+    if "convolution" in name:
+        return Reader.CONVOLUTION
+    if "norm" in name:
+        return Reader.NORM
+    return Reader.LINEAR if _packet(node) in _PRODUCTS else Reader.FACTOR
+
+
+def _is_exponential_of_a_softmax(node: fx.Node) -> bool:
+    """exp(x - m), where m has one number for a whole row of x."""
+    if node.target is not aten.exp.default:
+        return False
+    (argument,) = node.all_input_nodes
+    if argument.target is not aten.sub.Tensor:
+        return False
+    return any(not same_shape(n, argument) for n in argument.all_input_nodes)

@@ -1,0 +1,96 @@
+"""The leaner cut: what the backward computes again, what it must not, and that nothing changes but the bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SwiGLU, TransformerBlock, check_interface, check_sums, targets, watch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fewbit_fx import FewBitConfig
+
+OWN = FewBitConfig(recipe="exact", recompute=False, masks=False, strict=True, min_numel=0)
+LEANER = OWN.updated({"recompute": True})
+
+MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "gated": (SwiGLU(), (4, 16, 32)),
+    "transformer": (TransformerBlock(dropout=0.0), (4, 16, 32)),
+    "transformer with dropout": (TransformerBlock(dropout=0.3), (4, 16, 32)),
+    "convolutions": (
+        nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 4, 3)),
+        (2, 4, 12, 12),
+    ),
+}
+
+
+def run(model: nn.Module, x: Tensor, config: FewBitConfig) -> tuple[Any, list[Tensor]]:
+    torch.manual_seed(1)
+    seen = watch(model, x, config=config)
+    return seen, list(torch.autograd.grad(seen.output.square().sum(), list(model.parameters())))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fewer_bytes_and_the_same_gradients(name: str) -> None:
+    """Bit for bit: by plain ATen, computing again gives the same numbers, dropout included."""
+    model, shape = MODELS[name]
+    x = torch.randn(shape, requires_grad=True)
+    own, expected = run(model, x, OWN)
+    leaner, found = run(model, x, LEANER)
+    assert own.record.fewbit_bytes == own.record.plain_bytes == leaner.record.plain_bytes
+    assert leaner.record.fewbit_bytes < leaner.record.plain_bytes
+    assert leaner.record.computes_again
+    assert not own.record.computes_again
+    assert torch.equal(own.output, leaner.output)
+    assert all(map(torch.equal, found, expected))
+    check_interface(leaner.chosen)
+    check_sums(leaner.record)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_cheap_operations_are_computed_again(name: str) -> None:
+    model, shape = MODELS[name]
+    seen = watch(model, torch.randn(shape, requires_grad=True), config=LEANER)
+    again = {str(n.target) for n in seen.chosen.backward.graph.nodes if n.op == "call_function"}
+    forward = {n.name: str(n.target) for n in seen.chosen.forward.graph.nodes if n.op == "call_function"}
+    recomputed = [
+        forward[n.name] for n in seen.chosen.backward.graph.nodes if n.name in forward and n.op != "placeholder"
+    ]
+    assert again
+    assert recomputed
+    heavy = ("mm", "convolution.", "attention", "var_mean", "inductor_seed")
+    assert not [target for target in recomputed if any(part in target for part in heavy)]
+
+
+def test_random_numbers_are_not_drawn_anew() -> None:
+    """Where the decomposition leaves an operator that draws, its result is kept, or the own cut is."""
+
+    def noisy(x: Tensor, w: Tensor) -> Tensor:
+        return (F.gelu(x @ w) * torch.bernoulli(torch.full((64, 64), 0.5))).sin()
+
+    x, w = torch.randn(64, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
+    seen = watch(noisy, x, w, config=LEANER)
+    assert not [t for t in targets(seen.chosen.backward) if "bernoulli" in t or "rand" in t]
+
+
+def test_what_a_checkpoint_computes_again_stays_so() -> None:
+    block = TransformerBlock(dropout=0.0)
+    x = torch.randn(4, 16, 32, requires_grad=True)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    seen = watch(checkpointed, x, config=LEANER)
+    assert seen.record.fewbit_bytes <= seen.record.plain_bytes < watch(block, x, config=OWN).record.plain_bytes / 2
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.9, 0.5, 0.2])
+def test_at_any_budget_no_more_than_inductor(budget: float) -> None:
+    model, x = nn.Sequential(TransformerBlock(dropout=0.0), TransformerBlock(dropout=0.0)), torch.randn(4, 64, 32)
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        seen = watch(model, x.requires_grad_(), config=FewBitConfig(strict=True, min_numel=0))
+    assert seen.record.fewbit_bytes < seen.record.plain_bytes
+    check_sums(seen.record)
