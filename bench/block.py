@@ -130,7 +130,7 @@ def measure(
         advance: Called with the share that is done, 0 to 1.
     """
     torch.compiler.reset()
-    module, backend = case.module().to(device), fewbit_fx.backend(bits=bits, strict=True)
+    module, backend = case.module().to(device), fewbit_fx.backend(recipe="derivatives", bits=bits, strict=True)
     candidates = {
         "inductor": ForwardBackward(copy.deepcopy(module), "inductor", case),
         "fewbit": ForwardBackward(module, backend, case),

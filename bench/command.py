@@ -20,6 +20,7 @@ from rich.table import Table
 import fewbit_fx
 from bench.measure import conditions
 from bench.timing import Timing
+from fewbit_fx.config import RECIPES
 
 MiB = 2**20
 DTYPES = ("float32", "bfloat16")
@@ -104,6 +105,12 @@ def add_bits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=bits_flag, default=3, help="bits per coded element, 1 to 8 (default 3)")
 
 
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The flag --recipe, of one name."""
+    default = fewbit_fx.FewBitConfig.recipe
+    parser.add_argument("--recipe", choices=RECIPES, default=default, help=f"of fewbit (default {default})")
+
+
 def bits_flag(text: str) -> int:
     """A number of bits that fewbit takes."""
     try:
@@ -116,6 +123,13 @@ def count_flag(text: str) -> int:
     """A whole number, at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; allowed is a whole number, at least 1")
+    return int(text)
+
+
+def whole_flag(text: str) -> int:
+    """A whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed is a whole number, 0 or more")
     return int(text)
 
 

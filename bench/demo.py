@@ -1,6 +1,6 @@
-"""Train a byte-level GPT twice, with backend inductor and with fewbit, and show what it bought.
+"""Train a byte-level language model with inductor, with inductor's own leaner cut and with fewbit, and compare.
 
-python -m bench.demo --bits 3 --steps 400
+python -m bench.demo --recipe default --steps 400
 """
 
 from __future__ import annotations
@@ -11,40 +11,49 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import nn
 
 import fewbit_fx
-from bench.command import DTYPES, Command, MiB, add_bits, count_flag, milliseconds, parser_of
+from bench.backends import BACKENDS, BUDGETED, FEWBIT, INDUCTOR, TITLES, backend_of, saved_bytes_within_budget
+from bench.command import DTYPES, Command, MiB, add_bits, add_recipe, count_flag, parser_of, whole_flag
+from bench.comparison import CAPTION, NOTHING, changes, mebibytes, ratios, times
 from bench.corpus import Corpus
-from bench.gpt import GPT, GPTConfig
+from bench.language_models import CONTEXT, LANGUAGE_MODELS, language_model
 from bench.measure import Memory, relative_error, warm_up_the_compiler
 from bench.plot import save_plot
 from bench.timing import Timing, timings_of
 from bench.training import Batch, Runner, autocast
 
-BACKENDS = ("inductor", "fewbit")
-SEED = 0
 BATCH = 4
-BLOCK = 10  # steps that one backend takes before the other's turn
+BLOCK = 10  # steps that one backend takes before the next one's turn
 VALIDATIONS = 5
-CAPTION = "±: half the distance of the quartiles"
 
 
 @dataclass(frozen=True)
 class Settings:
     """The demo's flags."""
 
+    model: str
+    recipe: str
     bits: int
     steps: int
+    seed: int
     device: str
     dtype: str
     lora: bool
+
+    @classmethod
+    def of(cls, flags: argparse.Namespace) -> Settings:
+        """The settings that the flags ask for."""
+        asked = {field.name: getattr(flags, field.name) for field in fields(cls)}
+        return cls(**{**asked, "device": flags.device.type})
 
     @property
     def torch_device(self) -> torch.device:
@@ -61,23 +70,25 @@ class Settings:
         values = {name: value for name, value in asdict(self).items() if name != "lora"}
         return [f"--{name}={value}" for name, value in values.items()] + ["--lora"] * self.lora
 
-    def model(self) -> GPT:
+    def initial_model(self) -> nn.Module:
         """The model at its seed's initial weights."""
-        torch.manual_seed(SEED)
-        return GPT(GPTConfig(lora_rank=8 if self.lora else 0)).to(self.torch_device)
+        torch.manual_seed(self.seed)
+        return language_model(self.model, self.lora).to(self.torch_device)
+
+    def first_batch(self, corpus: Corpus) -> Batch:
+        """What every training begins with."""
+        return corpus.batch(BATCH, CONTEXT, torch.Generator().manual_seed(self.seed))
 
     def runner(self, name: str, corpus: Corpus) -> Runner:
         """A runner whose batches are the same for every backend."""
-        generator = torch.Generator().manual_seed(SEED)
-        options = {"bits": self.bits} if name == "fewbit" else {}
+        generator = torch.Generator().manual_seed(self.seed)
         return Runner(
             name,
-            self.model(),
-            backend=name,
-            options=options,
-            batches=lambda: corpus.batch(BATCH, GPTConfig.context, generator),
+            self.initial_model(),
+            backend=backend_of(name, recipe=self.recipe, bits=self.bits),
+            batches=lambda: corpus.batch(BATCH, CONTEXT, generator),
             steps=self.steps,
-            seed=SEED + 1,
+            seed=self.seed + 1,
             device=self.torch_device,
             dtype=self.torch_dtype,
         )
@@ -106,17 +117,22 @@ class Result:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the flags and run."""
     parser = parser_of("demo", __doc__)
+    parser.add_argument("--model", choices=LANGUAGE_MODELS, default="gpt", help="what is trained (default gpt)")
+    add_recipe(parser)
     add_bits(parser)
     parser.add_argument("--steps", type=count_flag, default=400, help="training steps of each run (default 400)")
+    parser.add_argument(
+        "--seed", type=whole_flag, default=0, help="of initial weights, batches and dropout (default 0)"
+    )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="bfloat16: autocast")
     parser.add_argument("--lora", action="store_true", help="train only low-rank adapters on attention")
     parser.add_argument("--measure-memory", choices=BACKENDS, help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
-    settings = Settings(flags.bits, flags.steps, flags.device.type, flags.dtype, flags.lora)
+    settings = Settings.of(flags)
     if flags.measure_memory:
         print(json.dumps(asdict(_memory_in_this_process(settings, flags.measure_memory))))
         return
-    notes = [f"{k} {v}" for k, v in asdict(settings).items()] + [f"batch {BATCH} x {GPTConfig.context}"]
+    notes = [f"{k} {v}" for k, v in asdict(settings).items()] + [f"batch {BATCH} x {CONTEXT}"]
     Demo(settings, Command.started("demo", arguments, flags, notes)).run()
 
 
@@ -155,21 +171,22 @@ class Demo:
 
     def _explain(self) -> None:
         self.console.print("tracing the model ...")
-        runner = self.runners[1]
-        batch = self.corpus.batch(BATCH, GPTConfig.context, torch.Generator().manual_seed(SEED))
-        with autocast(self.settings.torch_device, self.settings.torch_dtype):
-            inputs = [t.to(self.settings.torch_device) for t in batch]
-            config = fewbit_fx.FewBitConfig(bits=self.settings.bits)
-            self.report = fewbit_fx.explain(runner.model, *inputs, fewbit_config=config)
-        self.results["inductor"].saved_bytes = self.report.plain_bytes
-        self.results["fewbit"].saved_bytes = self.report.fewbit_bytes
+        settings = self.settings
+        model = settings.initial_model()
+        with autocast(settings.torch_device, settings.torch_dtype):
+            inputs = [t.to(settings.torch_device) for t in settings.first_batch(self.corpus)]
+            config = fewbit_fx.FewBitConfig(recipe=settings.recipe, bits=settings.bits)
+            self.report = fewbit_fx.explain(model, *inputs, fewbit_config=config)
+            self.results[BUDGETED].saved_bytes = saved_bytes_within_budget(model, inputs)
+        self.results[INDUCTOR].saved_bytes = self.report.plain_bytes
+        self.results[FEWBIT].saved_bytes = self.report.fewbit_bytes
 
     def _train(self) -> None:
-        validation = self.corpus.validation_batches(2 * BATCH, GPTConfig.context, 8)
+        validation = self.corpus.validation_batches(2 * BATCH, CONTEXT, 8)
         steps = self.settings.steps
         milestones = {round(steps * (i + 1) / VALIDATIONS) for i in range(VALIDATIONS)}
         with _progress(self.console) as progress:
-            tasks = {r.name: progress.add_task(r.name, total=steps, status="compiling") for r in self.runners}
+            tasks = {r.name: progress.add_task(TITLES[r.name], total=steps, status="compiling") for r in self.runners}
             for size in _blocks(steps, milestones):
                 for runner in self.runners:
                     started, before = time.perf_counter(), runner.steps  # of the line on the screen alone
@@ -189,14 +206,14 @@ class Demo:
             result.validation_loss = runner.validate(validation)
 
     def _measure_memory(self) -> None:
-        """Each backend in a fresh process, so that neither sees the other's memory."""
+        """Each backend in a fresh process, so that none sees another's memory."""
         for name, result in self.results.items():
-            self.console.print(f"measuring memory in a fresh process: {name} ...")
+            self.console.print(f"measuring memory in a fresh process: {TITLES[name]} ...")
             memory = Memory.in_fresh_process("bench.demo", self.settings.to_flags(), name)
             result.held_bytes, result.peak_bytes = memory.held_bytes, memory.peak_bytes
 
     def _compare_times(self) -> None:
-        """The steps that both runs have taken, each against the same step of the other."""
+        """The steps that all runs have taken, each against the same step of inductor."""
         paired = min(len(r.step_times) for r in self.runners)
         if paired >= 2:
             for name, timing in timings_of({r.name: r.step_times[:paired] for r in self.runners}).items():
@@ -204,51 +221,57 @@ class Demo:
 
     def _show(self) -> None:
         self._compare_times()
-        rows = [(name, *values) for name, *values in self._rows() if any(v != "-" for v in values[:2])]
-        table = Table("", *self.results, "fewbit against inductor", title="what fewbit bought", caption=CAPTION)
-        for row in rows:
-            table.add_row(*row)
+        table = Table("", *(TITLES[name] for name in self.results), title="what fewbit bought", caption=CAPTION)
+        for title, cells in self._rows():
+            if any(cell != NOTHING for cell in cells):
+                table.add_row(title, *cells)
         if self.report is not None:
             print(f"\n{self.report}\n")
         curves = {r.name: {"training": asdict(r.training), "validation": asdict(r.validation)} for r in self.runners}
         results = {name: asdict(result) for name, result in self.results.items()}
-        self.command.finish(table, {"results": results, "first_step": self._first_step(), "curves": curves})
+        first = {r.name: self._first_step(r) for r in self.runners[1:]}
+        about_first = {"first_step": first[FEWBIT], "first_step_within_budget": first[BUDGETED]}
+        self.command.finish(table, {"results": results, **about_first, "curves": curves})
         picture = self.command.output.with_suffix(".png")
         save_plot(picture, self.runners, self.results, self.command.about)
         self.console.print(f"wrote {picture}")
 
-    def _rows(self) -> Iterator[tuple[str, str, str, str]]:
-        plain, fewbit = self.results["inductor"], self.results["fewbit"]
-        yield _row("saved for backward by the graphs", plain.saved_bytes, fewbit.saved_bytes, _mib, "change")
-        yield _row("held after a forward (allocator)", plain.held_bytes, fewbit.held_bytes, _mib, "change")
-        yield _row("peak of a step (CUDA allocator)", plain.peak_bytes, fewbit.peak_bytes, _mib, "change")
-        yield _row("validation loss", plain.validation_loss, fewbit.validation_loss, lambda v: f"{v:.4f}", "change")
-        if plain.timing and fewbit.timing:
-            timings = milliseconds(plain.timing), milliseconds(fewbit.timing)
-            yield "median step, ms", *timings, f"x {fewbit.timing.ratio:.2f}"
-        yield _row("compile (first step, cold)", plain.compile_s, fewbit.compile_s, lambda v: f"{v:.1f} s", "ratio")
-        first = self._first_step()
-        if first:
-            same = "bit-identical" if first["loss_identical"] else "differs"
-            yield "loss of the first step", f"{first['loss']:.6f}", same, ""
-            yield "gradient of the first step", "exact", f"{first['gradient_error']:.2%} error", ""
+    def _rows(self) -> Iterator[tuple[str, list[str]]]:
+        results = list(self.results.values())
+        yield "saved for backward by the graphs", changes([r.saved_bytes for r in results], mebibytes)
+        yield "held after a forward (allocator)", changes([r.held_bytes for r in results], mebibytes)
+        yield "peak of a step (allocator)", changes([r.peak_bytes for r in results], mebibytes)
+        yield "validation loss", changes([r.validation_loss for r in results], lambda loss: f"{loss:.4f}")
+        timings = [r.timing for r in results if r.timing]
+        if len(timings) == len(results):
+            yield "median step, ms", times(timings)
+        yield "compile (first step, cold)", ratios([r.compile_s for r in results], lambda seconds: f"{seconds:.1f} s")
+        first = [self._first_step(runner) for runner in self.runners[1:]]
+        if all(first):
+            same = ["bit-identical" if step["loss_identical"] else "differs" for step in first]
+            yield "loss of the first step", [f"{first[0]['loss']:.6f}", *same]
+            yield (
+                "gradient of the first step",
+                ["exact", *(f"{100 * step['gradient_error']:.2g} % error" for step in first)],
+            )
 
-    def _first_step(self) -> dict[str, Any]:
-        plain, fewbit = self.runners
-        if plain.first_loss is None or fewbit.first_loss is None:
+    def _first_step(self, runner: Runner) -> dict[str, Any]:
+        """How a runner's first loss and gradient differ from inductor's; empty where one has not got so far."""
+        plain = self.runners[0]
+        if plain.first_loss is None or runner.first_loss is None:
             return {}
         assert plain.first_gradient is not None
-        assert fewbit.first_gradient is not None
+        assert runner.first_gradient is not None
         return {
             "loss": float(plain.first_loss),
-            "loss_identical": torch.equal(plain.first_loss, fewbit.first_loss),
-            "gradient_error": relative_error(fewbit.first_gradient, plain.first_gradient),
+            "loss_identical": torch.equal(plain.first_loss, runner.first_loss),
+            "gradient_error": relative_error(runner.first_gradient, plain.first_gradient),
         }
 
 
 def _progress(console: Console) -> Progress:
     columns = (
-        TextColumn("{task.description:>9}"),
+        TextColumn("{task.description:>20}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -269,22 +292,10 @@ def _blocks(steps: int, milestones: set[int]) -> Iterator[int]:
 def _memory_in_this_process(settings: Settings, backend: str) -> Memory:
     corpus = Corpus.of_standard_library()
     runner = settings.runner(backend, corpus)
-    batch = corpus.batch(BATCH, GPTConfig.context, torch.Generator().manual_seed(SEED))
+    batch = settings.first_batch(corpus)
     return Memory.of_training(
         lambda: runner.run(1, lambda _: None), lambda: runner.forward(batch), settings.torch_device
     )
-
-
-def _mib(value: float) -> str:
-    return f"{value / MiB:.1f} MiB"
-
-
-def _row(title: str, plain: Any, fewbit: Any, show: Any, compare: str) -> tuple[str, str, str, str]:
-    texts = [show(v) if v is not None else "-" for v in (plain, fewbit)]
-    if plain is None or fewbit is None:
-        return title, *texts, "-"  # type: ignore[return-value]
-    against = f"{fewbit / plain - 1:+.2%}" if compare == "change" else f"x {fewbit / plain:.2f}"
-    return title, texts[0], texts[1], against
 
 
 if __name__ == "__main__":

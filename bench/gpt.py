@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.transformer import Block, BlockConfig, LowRankLinear
+from bench.transformer import Block, BlockConfig, LowRankLinear, train_adapters_alone
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.width, config.vocabulary)
         self.apply(_initialise)
         if config.lora_rank:
-            for name, parameter in self.named_parameters():
-                parameter.requires_grad_(
-                    (".down." in name and "attention" in name) or (".up." in name and "attention" in name)
-                )
+            train_adapters_alone(self)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         x = self.drop(self.tokens(inputs) + self.positions.weight[: inputs.shape[1]])

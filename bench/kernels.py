@@ -1,6 +1,8 @@
 """The Triton kernels of an H100 for MLP and transformer blocks, made on a machine without a GPU.
 
-python -m bench.kernels --bits 3
+python -m bench.kernels --bits 3 --recipes default lean
+
+A row of bits is of codes of derivatives on torch.compile's own cut, a row of a recipe of all that the recipe does.
 
 Inductor generates them and Triton compiles them for sm_90, in each configuration that Inductor would try on
 the GPU, where it takes the fastest. Counted are kernels, loads and stores, registers and spills. Needs triton.
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
@@ -19,11 +21,14 @@ from torch import nn
 
 import fewbit_fx
 from bench.command import DTYPES, Command, bits_flag, parser_of
+from bench.llama import LlamaConfig, SwiGLU
 from bench.offline_triton import Generated, Kernel, compile_for_sm90, generate
 from bench.transformer import MLP, Block, BlockConfig, plain_attention
+from fewbit_fx.config import RECIPES
 
 ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU}
-EXACT = fewbit_fx.FewBitConfig(derivatives=False, masks=False, strict=True)
+_OWN_CUT = fewbit_fx.FewBitConfig(recipe="exact", recompute=False, strict=True)
+EXACT = _OWN_CUT.updated({"masks": False})
 WIDTH, TOKENS = 256, 2048
 
 
@@ -61,63 +66,88 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One block at one dtype; ``bits`` is None without fewbit."""
+class Case:
+    """One block at one dtype; under inductor where there are neither bits nor a recipe."""
 
     block: str
     dtype: str
-    bits: int | None
-    forward: Pass
-    backward: Pass
+    bits: int | None = None
+    recipe: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What compiles it."""
+        return self.recipe or (f"{self.bits} bits" if self.bits else "inductor")
+
+    @property
+    def config(self) -> fewbit_fx.FewBitConfig:
+        """The options that stand for it."""
+        if self.recipe:
+            return fewbit_fx.FewBitConfig(recipe=self.recipe, strict=True)
+        return _OWN_CUT.updated({"derivatives": True, "bits": self.bits}) if self.bits else EXACT
+
+
+@dataclass(frozen=True)
+class Row(Case):
+    """A case and what was counted."""
+
+    forward: Pass = field(kw_only=True)
+    backward: Pass = field(kw_only=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the flags, generate, compile, and show."""
     parser = parser_of("kernels", __doc__)
     parser.add_argument(
-        "--bits", nargs="+", type=bits_flag, default=[1, 2, 3, 4], metavar="B", help="bits per coded element (1 2 3 4)"
+        "--bits", nargs="*", type=bits_flag, default=[1, 2, 3, 4], metavar="B", help="bits per coded element (1 2 3 4)"
+    )
+    parser.add_argument(
+        "--recipes", nargs="*", choices=RECIPES, default=["default", "lean"], help="of fewbit (default and lean)"
     )
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS), help="which blocks (default all)")
     flags = parser.parse_args(arguments)
     command = Command.started("kernels", arguments, flags, ["sm_90, offline", f"{TOKENS} x {WIDTH}"])
     cases, rows = list(_cases(flags)), []
     with command.progress(len(cases)) as show:
-        for i, (block, dtype, bits) in enumerate(cases):
-            show(f"{block} {dtype}", i)
-            generated = _generated(block, dtype, bits)
-            rows.append(Row(block, dtype, bits, Pass.of(generated.forward), Pass.of(generated.backward)))
+        for i, case in enumerate(cases):
+            show(f"{case.block} {case.dtype} {case.title}", i)
+            generated = _generated(case)
+            passes = {"forward": Pass.of(generated.forward), "backward": Pass.of(generated.backward)}
+            rows.append(Row(**asdict(case), **passes))
     command.finish(_table(rows), {"rows": [asdict(row) for row in rows]})
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     **{f"mlp, {name}": partial(MLP, BlockConfig(WIDTH, activation=act)) for name, act in ACTIVATIONS.items()},
+    "gated mlp": partial(SwiGLU, WIDTH, LlamaConfig.inner_width),
     "transformer": partial(Block, BlockConfig(WIDTH, attention=plain_attention)),
 }
 
 
-def _cases(flags: argparse.Namespace) -> Iterator[tuple[str, str, int | None]]:
+def _cases(flags: argparse.Namespace) -> Iterator[Case]:
     for block in flags.blocks:
         for dtype in DTYPES:
-            yield from ((block, dtype, bits) for bits in (None, *flags.bits))
+            yield Case(block, dtype)
+            yield from (Case(block, dtype, bits=bits) for bits in flags.bits)
+            yield from (Case(block, dtype, recipe=recipe) for recipe in flags.recipes)
 
 
-def _generated(block: str, dtype: str, bits: int | None) -> Generated:
-    config = EXACT if bits is None else fewbit_fx.FewBitConfig(bits=bits, strict=True)
-    shape = (TOKENS // 256, 256, WIDTH) if block == "transformer" else (TOKENS, WIDTH)
-    return generate(BLOCKS[block](), shape, getattr(torch, dtype), config)
+def _generated(case: Case) -> Generated:
+    shape = (TOKENS // 256, 256, WIDTH) if case.block == "transformer" else (TOKENS, WIDTH)
+    return generate(BLOCKS[case.block](), shape, getattr(torch, case.dtype), case.config)
 
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="kernels for sm_90: forward + backward")
-    for heading in ("block", "dtype", "bits"):
+    for heading in ("block", "dtype", "compiled with"):
         table.add_column(heading)
     for heading in ("kernels", "loads", "stores", "most registers", "spilled bytes", "at best"):
         table.add_column(heading, justify="right")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         passes = (asdict(p).values() for p in (row.forward, row.backward))
         counts = [f"{forward} + {backward}" for forward, backward in zip(*passes, strict=True)]
-        last = following is not None and following.bits is None
-        table.add_row(row.block, row.dtype, str(row.bits or "inductor"), *counts, end_section=last)
+        last = following is not None and following.config == EXACT
+        table.add_row(row.block, row.dtype, row.title, *counts, end_section=last)
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import itertools
 import json
 import os
 import subprocess
@@ -41,29 +42,45 @@ def held_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
     return held
 
 
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that the allocator has given out at one time during a step.
+
+    On CUDA with all that lived before: weights, gradients, the optimizer's state. On the CPU above what lived before,
+    because the profiler tells what the allocator gives out and takes back meanwhile.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    assert profiled.profiler is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == _ALLOCATION]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+_ALLOCATION = "[memory]"  # the profiler's name for what the allocator gives out and, below zero, takes back
+
+
 @dataclass(frozen=True)
 class Memory:
     """Memory of one model's training, in a process of its own.
 
     Attributes:
         held_bytes: Given out during a forward and not got back when it returned.
-        peak_bytes: Peak of a step by CUDA's allocator, with weights, gradients and the optimizer's state; None on
-            the CPU.
+        peak_bytes: See :func:`peak_bytes`.
     """
 
     held_bytes: int
-    peak_bytes: int | None
+    peak_bytes: int
 
     @classmethod
     def of_training(cls, step: Callable[[], object], forward: Callable[[], Tensor], device: torch.device) -> Memory:
         """Measure here, from the third step on: the model is compiled, and the optimizer has its state."""
         for _ in range(2):
             step()
-        peak = None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            step()
-            peak = torch.cuda.max_memory_allocated(device)
+        peak = peak_bytes(step, device)
         return cls(held_bytes(forward, device), peak)
 
     @classmethod
@@ -73,7 +90,7 @@ class Memory:
         Args:
             module: A command with the flag --measure-memory, which prints a memory's fields as JSON.
             flags: Its other flags.
-            backend: ``inductor`` or ``fewbit``.
+            backend: One of :data:`bench.backends.BACKENDS`.
         """
         return cls(**in_fresh_process(module, [*flags, f"--measure-memory={backend}"]))
 
@@ -90,8 +107,9 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 
 def what_happened(report: fewbit_fx.Report) -> tuple[str, ...]:
-    """Each kind of site once, such as ``gelu: coded in 3 bits`` or ``mask: left exact, because ...``."""
-    reasons = ((site, f", because {site.reason}" if site.reason else "") for site in report.sites)
+    """Each kind of site that something is saved for once, such as ``gelu: coded in 3 bits``."""
+    saved = [site for site in report.sites if site.bytes_before or site.bytes_after]
+    reasons = ((site, f", because {site.reason}" if site.reason else "") for site in saved)
     return tuple(dict.fromkeys(f"{site.function}: {site.action}{reason}" for site, reason in reasons))
 
 

@@ -95,7 +95,9 @@ def generate(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, confi
         joint_graph_passes(joint)
     records: list[GraphRecord] = []
     static = list(range(len(names)))
-    with fake, mock.patch("fewbit_fx.codec.bitplanes.lanes_for", return_value=(1,)):
+    lanes = mock.patch("fewbit_fx.codec.bitplanes.lanes_for", return_value=(1,))
+    planes = mock.patch("fewbit_fx.codec.packing.packs_bytes", return_value=False)
+    with fake, lanes, planes:
         partitioner = FewBitPartitioner(config, records.append)
         pair = partitioner(joint, _inputs(joint), num_fwd_outputs=1, static_lifetime_input_indices=static)
     forward, backward = (_kernels(_code(_on_cuda(gm, fake), fake)) for gm in pair)

@@ -199,7 +199,7 @@ def _candidates(case: Case, device: torch.device) -> list[Candidate]:
     plain = Compiled(function, "inductor", x, gradient)
     coded = []
     for bits in case.bits:
-        backend = fewbit_fx.backend(bits=bits, strict=True)
+        backend = fewbit_fx.backend(recipe="derivatives", bits=bits, strict=True)
         compiled = Compiled(function, backend, x, gradient)
         report = backend.last_report()
         saved, moved = report.fewbit_bytes, _moved_bytes(case.operator, x, report.fewbit_bytes, report.saving > 0)

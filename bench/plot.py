@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 
+from bench.backends import BUDGETED, FEWBIT, INDUCTOR, TITLES
 from bench.training import Runner
 
 matplotlib.use("Agg")
@@ -15,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-COLOURS = {"inductor": "#8a8f98", "fewbit": "#d1495b"}
+COLOURS = {INDUCTOR: "#8a8f98", BUDGETED: "#30638e", FEWBIT: "#d1495b"}
 SMOOTHING = 5
 
 
@@ -35,39 +36,39 @@ def save_plot(path: Path, runners: Sequence[Runner], results: Mapping[str, Any],
 
 
 def _draw_losses(axes: Any, runner: Runner) -> None:
-    colour = COLOURS[runner.name]
-    dashed = "--" if runner.name == "fewbit" else "-"
+    colour, title, is_reference = COLOURS[runner.name], TITLES[runner.name], runner.name == INDUCTOR
     values = np.array(runner.training.losses)
     if len(values) >= SMOOTHING:
         smooth = np.convolve(values, np.ones(SMOOTHING) / SMOOTHING, mode="valid")
-        axes.plot(
-            runner.training.steps[SMOOTHING - 1 :], smooth, dashed, color=colour, label=f"{runner.name}, training"
-        )
+        steps = runner.training.steps[SMOOTHING - 1 :]
+        axes.plot(steps, smooth, "-" if is_reference else "--", color=colour, label=f"{title}, training")
     if runner.validation.steps:
-        points = runner.validation.steps, runner.validation.losses
         axes.plot(
-            *points,
+            runner.validation.steps,
+            runner.validation.losses,
             "o",
             color=colour,
-            mfc="none" if runner.name == "inductor" else colour,
-            ms=8 if runner.name == "inductor" else 4,
-            label=f"{runner.name}, validation",
+            mfc="none" if is_reference else colour,
+            ms=8 if is_reference else 4,
+            label=f"{title}, validation",
         )
 
 
 def _draw_memory(axes: Any, results: Mapping[str, Any]) -> None:
     measures = {
-        "saved_bytes": "saved for backward\n(graphs)",
-        "held_bytes": "held after forward\n(allocator)",
-        "peak_bytes": "peak of a step\n(CUDA)",
+        "saved_bytes": "saved for\nbackward (graphs)",
+        "held_bytes": "held after a\nforward (allocator)",
+        "peak_bytes": "peak of a step\n(allocator)",
     }
     shown = {k: v for k, v in measures.items() if all(getattr(r, k) is not None for r in results.values())}
+    width = 0.8 / len(results)
     for i, (name, result) in enumerate(results.items()):
         heights = [getattr(result, key) / 2**20 for key in shown]
-        bars = axes.bar(np.arange(len(shown)) + 0.38 * (i - 0.5), heights, 0.36, color=COLOURS[name], label=name)
+        places = np.arange(len(shown)) + width * (i - (len(results) - 1) / 2)
+        bars = axes.bar(places, heights, 0.95 * width, color=COLOURS[name], label=TITLES[name])
         axes.bar_label(bars, fmt="%.0f", padding=2)
     axes.set_xticks(range(len(shown)), list(shown.values()))
     axes.set(ylabel="MiB", title="less memory")
     if shown:
         axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # the legend's room
-        axes.legend(frameon=False, ncols=2)
+        axes.legend(frameon=False, ncols=len(results), fontsize=8)

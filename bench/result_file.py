@@ -20,9 +20,16 @@ class File:
         """As :func:`bench.measure.conditions` has them; older files have fewer."""
         return self.data["conditions"]  # type: ignore[no-any-return]
 
-    def setting(self, name: str) -> str:
-        """The value that the conditions' settings have for a name, such as ``400`` for ``steps``."""
+    def setting(self, name: str, absent: str | None = None) -> str:
+        """The value that the conditions' settings have for a name, such as ``400`` for ``steps``.
+
+        Args:
+            name: Of the setting.
+            absent: What stands for it in files from before there was such a setting.
+        """
         found = re.search(rf"\b{name} ([^,]+)", self.conditions["settings"])
+        if found is None and absent is not None:
+            return absent
         if found is None:
             raise ValueError(f"{self.name}: no {name} in its settings, {self.conditions['settings']!r}")
         return found[1]

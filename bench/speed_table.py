@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from bench.backends import BUDGETED, FEWBIT, TITLES
 from bench.command import DTYPES, MiB
 from bench.result_file import File, markdown, measured_with
 from fewbit_fx.config import FewBitConfig
@@ -51,7 +52,16 @@ def _rows(found: Mapping[str, Mapping[str, Ratio]]) -> Iterator[list[str]]:
         shown = command
 
 
-_NAMES = {"gelu": "GELU", "silu": "SiLU", "relu+dropout": "ReLU + dropout", "mlp": "MLP", "gpt": "the demo's GPT"}
+_NAMES = {
+    "gelu": "GELU",
+    "silu": "SiLU",
+    "relu+dropout": "ReLU + dropout",
+    "mlp": "MLP",
+    "gpt": "the demo's GPT",
+    "llama": "the demo's Llama",
+    "vit": "a ViT",
+    "roberta": "RoBERTa",
+}
 _ELEMENTS = 2**22
 
 
@@ -77,8 +87,10 @@ def _steps(file: File) -> Iterator[Ratio]:
     settings, timings = file.data["settings"], file.data["results"]["timings"]
     if timings:
         size = f"{settings['layers']} layers, {settings['batch']} x {settings['sequence']}{', LoRA' * settings['lora']}"
-        thing = f"training step of {_name(settings['model'])}, {size}"
-        yield Ratio(thing, settings["dtype"], timings["fewbit"]["ratio"], file)
+        recipe = f", recipe {settings['recipe']}" if "recipe" in settings else ""
+        thing = f"training step of {_name(settings['model'])}, {size}{recipe}"
+        budget = f"{timings[BUDGETED]['ratio']:.2f} with {TITLES[BUDGETED]}" if BUDGETED in timings else ""
+        yield Ratio(thing, settings["dtype"], timings[FEWBIT]["ratio"], file, budget)
 
 
 def _compilations(file: File) -> Iterator[Ratio]:

@@ -1,10 +1,10 @@
-"""Time whole training steps under fewbit and under inductor, and measure their memory.
+"""Time whole training steps under inductor, inductor's own leaner cut and fewbit, and measure their memory.
 
 python -m bench.step --model roberta --batch 8
 
-A step: forward, backward, AdamW, zero_grad. Both backends take turns in one process. Memory is of a
-fresh process for each backend: on CUDA the peak of a step that the allocator reports, with weights,
-gradients and AdamW's state; on both devices the bytes held between a forward and its backward.
+A step: forward, backward, AdamW, zero_grad. The backends take turns in one process. Memory is of a
+fresh process for each backend: the bytes held between a forward and its backward, and the peak of a
+step that the allocator reports, on CUDA with weights, gradients and AdamW's state.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-import fewbit_fx
+from bench.backends import BACKENDS, BUDGETED, FEWBIT, INDUCTOR, TITLES, Backend, backend_of, saved_bytes_within_budget
 from bench.command import (
     DTYPES,
     Command,
-    MiB,
     add_bits,
-    change,
+    add_recipe,
     count_flag,
-    milliseconds,
     parser_of,
     seconds_flag,
 )
+from bench.comparison import CAPTION, changes, mebibytes, times
 from bench.corpus import Corpus
-from bench.gpt import GPT, GPTConfig
+from bench.language_models import CONTEXT, LANGUAGE_MODELS, LAYERS, language_model
 from bench.measure import Memory, what_happened
 from bench.timing import Timing, clock_for, compare
 from bench.training import Batch, autocast
+from bench.vit import ViT, ViTConfig
 
-BACKENDS = ("inductor", "fewbit")
+MODELS = (*LANGUAGE_MODELS, "vit", "roberta")
 BATCHES = 8  # taken in turn
 LEARNING_RATE = 1e-4
-LORA_RANK = 8
 SEED = 0
+IMAGE_TOKENS = 1 + ViTConfig().patches
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that suit a model and a device: layers, sequences in a batch, tokens in a sequence."""
+    """Sizes that suit a model and a device: layers, sequences or images in a batch, tokens in a sequence."""
 
     layers: int
     batch: int
@@ -54,8 +54,9 @@ class Sizes:
 
 
 SIZES = {
-    ("gpt", "cpu"): Sizes(GPTConfig.layers, 4, GPTConfig.context),
-    ("gpt", "cuda"): Sizes(GPTConfig.layers, 4, GPTConfig.context),
+    **{(name, device): Sizes(LAYERS, 4, CONTEXT) for name in LANGUAGE_MODELS for device in ("cpu", "cuda")},
+    ("vit", "cpu"): Sizes(ViTConfig.layers, 4, IMAGE_TOKENS),
+    ("vit", "cuda"): Sizes(ViTConfig.layers, 128, IMAGE_TOKENS),
     ("roberta", "cpu"): Sizes(12, 2, 64),
     ("roberta", "cuda"): Sizes(12, 128, 128),
 }
@@ -66,13 +67,14 @@ class Settings:
     """What is trained and how, every default resolved.
 
     Attributes:
-        model: ``gpt`` (the demo's) or ``roberta`` (roberta-base).
+        model: ``gpt`` or ``llama`` (the demo's), ``vit`` or ``roberta`` (roberta-base).
         layers: Of the model.
-        batch: Sequences in a batch.
-        sequence: Tokens in a sequence.
+        batch: Sequences in a batch, or images.
+        sequence: Tokens in a sequence; those of an image are given.
+        recipe: Of fewbit.
         bits: Bits per coded element.
         dtype: float32, or the dtype to autocast to.
-        lora: Train only low-rank adapters on the attention of ``gpt``.
+        lora: Train only low-rank adapters on the attention of a language model.
         device: cpu or cuda.
     """
 
@@ -80,14 +82,17 @@ class Settings:
     layers: int
     batch: int
     sequence: int
+    recipe: str
     bits: int
     dtype: str
     lora: bool
     device: str
 
     def __post_init__(self) -> None:
-        if self.lora and self.model != "gpt":
-            raise ValueError(f"--lora is of the model gpt, not of {self.model}")
+        if self.lora and self.model not in LANGUAGE_MODELS:
+            raise ValueError(f"--lora is of the model {' or '.join(LANGUAGE_MODELS)}, not of {self.model}")
+        if self.model == "vit" and self.sequence != IMAGE_TOKENS:
+            raise ValueError(f"--sequence {self.sequence}: an image of vit has {IMAGE_TOKENS} tokens")
         if self.model == "roberta":
             from bench.roberta import LONGEST
 
@@ -104,6 +109,7 @@ class Settings:
             layers=flags.layers or default.layers,
             batch=flags.batch or default.batch,
             sequence=flags.sequence or default.sequence,
+            recipe=flags.recipe,
             bits=flags.bits,
             dtype=flags.dtype or ("bfloat16" if device == "cuda" else "float32"),
             lora=flags.lora,
@@ -118,17 +124,25 @@ class Settings:
     def initial_model(self) -> nn.Module:
         """The model at its seed's initial weights: a batch in, the loss out."""
         torch.manual_seed(SEED)
-        if self.model == "gpt":
-            rank = LORA_RANK if self.lora else 0
-            return GPT(GPTConfig(layers=self.layers, context=self.sequence, lora_rank=rank)).to(self.device)
+        return self._random_model().to(self.device)
+
+    def _random_model(self) -> nn.Module:
+        if self.model in LANGUAGE_MODELS:
+            return language_model(self.model, self.lora, self.layers, self.sequence)
+        if self.model == "vit":
+            return ViT(ViTConfig(layers=self.layers))
         from bench.roberta import RobertaClassifier  # transformers takes seconds to import
 
-        return RobertaClassifier(self.layers).to(self.device)
+        return RobertaClassifier(self.layers)
+
+    def backend(self, name: str) -> Backend:
+        """A backend of that name."""
+        return backend_of(name, recipe=self.recipe, bits=self.bits, strict=True)
 
     def batches(self) -> list[Batch]:
-        """Real text and the bytes that follow for gpt; random tokens and classes for roberta."""
+        """Real text and the bytes that follow for language models; else random images or tokens, and classes."""
         generator = torch.Generator().manual_seed(SEED)
-        if self.model == "gpt":
+        if self.model in LANGUAGE_MODELS:
             corpus = Corpus.of_standard_library()
             drawn = [corpus.batch(self.batch, self.sequence, generator) for _ in range(BATCHES)]
         else:
@@ -136,19 +150,25 @@ class Settings:
         return [(inputs.to(self.device), targets.to(self.device)) for inputs, targets in drawn]
 
     def _random_batch(self, generator: torch.Generator) -> Batch:
+        if self.model == "vit":
+            shape = self.batch, ViTConfig.channels, ViTConfig.image_size, ViTConfig.image_size
+            return torch.randn(shape, generator=generator), self._random_classes(ViTConfig.classes, generator)
         from bench.roberta import CONFIG, FIRST_WORD
 
         tokens = torch.randint(FIRST_WORD, CONFIG.vocab_size, (self.batch, self.sequence), generator=generator)
-        return tokens, torch.randint(CONFIG.num_labels, (self.batch,), generator=generator)
+        return tokens, self._random_classes(CONFIG.num_labels, generator)
+
+    def _random_classes(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(count, (self.batch,), generator=generator)
 
 
 class Step:
     """Training steps of a model that a backend compiles; each call takes one, on the next batch."""
 
-    def __init__(self, settings: Settings, backend: str | fewbit_fx.FewBitBackend) -> None:
-        model = settings.initial_model()
-        self._compiled = torch.compile(model, backend=backend, dynamic=False)
-        trained = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, settings: Settings, backend: Backend) -> None:
+        self.model = settings.initial_model()
+        self._compiled = torch.compile(self.model, backend=backend, dynamic=False)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
         self._batches = itertools.cycle(settings.batches())
         self._autocast = torch.device(settings.device), getattr(torch, settings.dtype)
@@ -163,10 +183,15 @@ class Step:
         with autocast(*self._autocast):
             return self._compiled(*next(self._batches))
 
+    def saved_bytes_within_budget(self) -> int:
+        """What inductor's leaner cut saves for the backward, without parameters."""
+        with autocast(*self._autocast):
+            return saved_bytes_within_budget(self.model, next(self._batches))
+
 
 def memory_in_this_process(settings: Settings, backend: str) -> Memory:
     """Memory of training with a backend, in a process that has compiled no model so far."""
-    step = Step(settings, fewbit_fx.backend(bits=settings.bits, strict=True) if backend == "fewbit" else backend)
+    step = Step(settings, settings.backend(backend))
     return Memory.of_training(step, step.forward, torch.device(settings.device))
 
 
@@ -192,17 +217,21 @@ def measure(settings: Settings, command: Command, seconds: float, memory: bool) 
     results = Results({}, (), {}, {})
     with command.progress(1 + len(BACKENDS) * memory) as show:
         show("compiling", 0)
-        backend = fewbit_fx.backend(bits=settings.bits, strict=True)
-        steps = {"inductor": Step(settings, "inductor"), "fewbit": Step(settings, backend)}
+        backends = {name: settings.backend(name) for name in BACKENDS}
+        steps = {name: Step(settings, backend) for name, backend in backends.items()}
         results.timings = compare(
             steps, clock=clock_for(command.device), seconds=seconds, advance=lambda share: show("taking steps", share)
         )
-        report = backend.last_report()
-        results.saved_bytes = {"inductor": report.plain_bytes, "fewbit": report.fewbit_bytes}
+        report = backends[FEWBIT].last_report()
+        results.saved_bytes = {
+            INDUCTOR: report.plain_bytes,
+            BUDGETED: steps[BUDGETED].saved_bytes_within_budget(),
+            FEWBIT: report.fewbit_bytes,
+        }
         results.sites = what_happened(report)
         del steps
         for i, name in enumerate(BACKENDS if memory else (), 1):
-            show(f"measuring memory in a fresh process: {name}", i)
+            show(f"measuring memory in a fresh process: {TITLES[name]}", i)
             results.memory[name] = Memory.in_fresh_process("bench.step", settings.to_flags(), name)
     return results
 
@@ -226,22 +255,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of("step", __doc__)
+    add_recipe(parser)
     add_bits(parser)
     add, on_cuda = parser.add_argument, SIZES["roberta", "cuda"]
-    add("--model", choices=["gpt", "roberta"], default="gpt", help="the demo's, or roberta-base (default gpt)")
-    add("--layers", type=count_flag, help="of the model (default 4 of gpt, 12 of roberta)")
+    add(
+        "--model", choices=MODELS, default="gpt", help="the demo's, a vision transformer, or roberta-base (default gpt)"
+    )
+    add("--layers", type=count_flag, help=f"of the model (default {LAYERS}, of roberta 12)")
     add(
         "--batch",
         type=count_flag,
-        help=f"sequences in a batch (default 4 of gpt, 2 of roberta, on cuda {on_cuda.batch})",
+        help=f"sequences or images in a batch (default 4, 2 of roberta; on cuda {on_cuda.batch} of vit and roberta)",
     )
     add(
         "--sequence",
         type=count_flag,
-        help=f"tokens in a sequence (default 256 of gpt, 64 of roberta, on cuda {on_cuda.sequence})",
+        help=f"tokens in a sequence (default {CONTEXT}, 64 of roberta, on cuda {on_cuda.sequence}; not of vit)",
     )
     add("--dtype", choices=DTYPES, help="bfloat16: autocast (default float32 on cpu, bfloat16 on cuda)")
-    add("--lora", action="store_true", help="train only low-rank adapters on the attention of gpt")
+    add("--lora", action="store_true", help="train only low-rank adapters on the attention of gpt or llama")
     add("--seconds", type=seconds_flag, default=60.0, help="of timing (default 60)")
     add("--no-memory", dest="memory", action="store_false", help="only time; start no processes to measure memory")
     add("--measure-memory", choices=BACKENDS, help=argparse.SUPPRESS)
@@ -249,29 +281,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _table(results: Results) -> Table:
-    table = Table("", *BACKENDS, "fewbit against inductor", title="training steps", caption=_CAPTION)
-    for cells in _rows(results):
-        table.add_row(*cells)
+    table = Table("", *(TITLES[name] for name in BACKENDS), title="training steps", caption=CAPTION)
+    for title, cells in _rows(results):
+        table.add_row(title, *cells)
     return table
 
 
-_CAPTION = "±: half the distance of the quartiles"
-
-
-def _rows(results: Results) -> Iterator[tuple[str, str, str, str]]:
+def _rows(results: Results) -> Iterator[tuple[str, list[str]]]:
     held = {name: memory.held_bytes for name, memory in results.memory.items()}
-    peak = {name: memory.peak_bytes for name, memory in results.memory.items() if memory.peak_bytes is not None}
+    peak = {name: memory.peak_bytes for name, memory in results.memory.items()}
     for title, values in (
         ("saved for backward by the graphs", results.saved_bytes),
         ("held after a forward (allocator)", held),
-        ("peak of a step (CUDA allocator)", peak),
+        ("peak of a step (allocator)", peak),
     ):
-        if len(values) == len(BACKENDS):
-            plain, fewbit = (values[name] for name in BACKENDS)
-            yield title, f"{plain / MiB:.1f} MiB", f"{fewbit / MiB:.1f} MiB", change(fewbit, plain)
+        if values:
+            yield title, changes([values.get(name) for name in BACKENDS], mebibytes)
     if results.timings:
-        timing, other = (results.timings[name] for name in BACKENDS)
-        yield "median step, ms", milliseconds(timing), milliseconds(other), f"x {other.ratio:.3f}"
+        yield "median step, ms", times([results.timings[name] for name in BACKENDS])
 
 
 if __name__ == "__main__":

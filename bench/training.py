@@ -1,4 +1,4 @@
-"""Training one model with one backend, so that two can take turns in one process."""
+"""Training one model with one backend, so that several can take turns in one process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.backends import Backend
 from bench.measure import flat_gradient
 from bench.timing import clock_for
 
@@ -36,7 +37,7 @@ class Curve:
 class Runner:
     """A model, its optimizer, its random state and the times of its steps.
 
-    Two runners made from one model and one seed see the same batches and draw the same dropout
+    Runners made from one model and one seed see the same batches and draw the same dropout
     masks, however their steps are interleaved. Each step is timed where it is taken, by the clock of
     bench.timing but not by its compare, which would repeat it.
     """
@@ -45,8 +46,7 @@ class Runner:
         self,
         name: str,
         model: nn.Module,
-        backend: str,
-        options: dict[str, Any],
+        backend: Backend,
         batches: Callable[[], Batch],
         steps: int,
         seed: int,
@@ -55,7 +55,7 @@ class Runner:
     ) -> None:
         self.name = name
         self.model = copy.deepcopy(model)
-        self.compiled = torch.compile(self.model, backend=backend, options=options)
+        self.compiled = torch.compile(self.model, backend=backend)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=PEAK_LEARNING_RATE)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, PEAK_LEARNING_RATE, total_steps=steps + 1)

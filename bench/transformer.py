@@ -14,6 +14,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same of all to all."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of all to all in operations that Inductor compiles itself; shapes as of :func:`causal_attention`.
 
@@ -46,15 +51,24 @@ class BlockConfig:
 class LowRankLinear(nn.Module):
     """A frozen linear layer plus a trained update of low rank (Hu et al., LoRA, arXiv 2106.09685)."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int) -> None:
+    def __init__(self, inputs: int, outputs: int, rank: int, bias: bool = True) -> None:
         super().__init__()
-        self.base = nn.Linear(inputs, outputs)
+        self.base = nn.Linear(inputs, outputs, bias=bias)
         self.down = nn.Linear(inputs, rank, bias=False)
         self.up = nn.Linear(rank, outputs, bias=False)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))
+
+
+def train_adapters_alone(model: nn.Module) -> None:
+    """Freeze all but the updates of low rank."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            module.down.requires_grad_()
+            module.up.requires_grad_()
 
 
 class Attention(nn.Module):

@@ -1,0 +1,66 @@
+"""The backends that benchmarks compare: inductor as it comes, inductor with its own leaner cut, and fewbit.
+
+The leaner cut is torch's own way to trade time for memory: with a budget of activation memory below 1 it computes
+cheap operations again. A comparison with the default alone would credit fewbit with what a setting of torch does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo import lookup_backend
+from torch._functorch import config as functorch_config
+
+import fewbit_fx
+
+BUDGET = 0.9
+INDUCTOR, BUDGETED, FEWBIT = "inductor", f"budget_{BUDGET}", "fewbit"
+BACKENDS = (INDUCTOR, BUDGETED, FEWBIT)
+"""Their names in files; the first is what the others are compared with."""
+TITLES: Mapping[str, str] = {INDUCTOR: INDUCTOR, BUDGETED: f"inductor, budget {BUDGET}", FEWBIT: FEWBIT}
+"""Their names on the screen."""
+
+Backend = str | Callable[..., Any]
+
+
+def backend_of(name: str, **fewbit: Any) -> Backend:
+    """What torch.compile is to be given as its backend.
+
+    Args:
+        name: One of :data:`BACKENDS`.
+        **fewbit: Options of fewbit.
+    """
+    if name == FEWBIT:
+        return fewbit_fx.backend(**fewbit)
+    return _Budgeted() if name == BUDGETED else name
+
+
+def saved_bytes_within_budget(model: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
+    """Bytes that inductor saves for the backward with the budget, without parameters."""
+    with _budget():
+        return fewbit_fx.explain(model, *inputs, fewbit_config=_CHEAPEST).plain_bytes
+
+
+_CHEAPEST = fewbit_fx.FewBitConfig(recipe="exact", masks=False, recompute=False)  # of which just torch's bytes are read
+
+
+class _Budgeted:
+    """Inductor with the budget, which holds for its own compilations alone, whenever they come.
+
+    The setting is global, and Dynamo hands a model what it has compiled of the same code for a like backend: an object
+    of its own is like no other.
+    """
+
+    __name__ = BUDGETED  # what torch's messages call the backend
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        with _budget():
+            return lookup_backend("inductor")(gm, example_inputs)  # type: ignore[no-any-return]
+
+
+def _budget() -> AbstractContextManager[None]:
+    return functorch_config.patch(activation_memory_budget=BUDGET)  # type: ignore[no-any-return]

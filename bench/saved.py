@@ -1,0 +1,152 @@
+"""What is saved for the backward of architectures that people train, under inductor and under fewbit's recipes.
+
+python -m bench.saved --only Llama-3 ViT
+
+Nothing is compiled to kernels: the graphs are cut, rewritten and run by plain ATen operations. Each recipe is compared
+with inductor at its default and with ``activation_memory_budget=0.9``, and its first gradient, at random weights, with
+that of the recipe "exact". Needs transformers; diffusion models need diffusers, LoRA peft (--only leaves them out).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, fx
+
+import fewbit_fx
+from bench.architectures import Architecture, architectures
+from bench.command import DTYPES, Command, parser_of
+from bench.measure import flat_gradient, relative_error
+from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.passes.record import GraphRecord
+from fewbit_fx.torch_private.inductor import partition_only
+
+BUDGET = 0.9
+RECIPES = ("exact", "default", "lean")
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recipe on one architecture.
+
+    Attributes:
+        saved_bytes: Saved for the backward, without parameters.
+        gradient_error: Of the first gradient, relative to that of the recipe "exact".
+        loss_identical: Whether the loss is bit for bit that of the recipe "exact".
+    """
+
+    saved_bytes: int
+    gradient_error: float
+    loss_identical: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One architecture.
+
+    Attributes:
+        name: Such as ``Llama-3``.
+        group: ``transformer``, ``other`` or ``lora``.
+        inductor_bytes: Saved by torch.compile's own cut.
+        budget_bytes: The same with ``activation_memory_budget=0.9``.
+        recipes: By name.
+    """
+
+    name: str
+    group: str
+    inductor_bytes: int
+    budget_bytes: int
+    recipes: dict[str, Case]
+
+
+def measure(architecture: Architecture, dtype: torch.dtype) -> Row:
+    """All cases of one architecture."""
+    inductor, _, _ = _run(architecture, dtype, fewbit_fx.FewBitConfig(disable=("find",), recipe="derivatives"))
+    with torch._functorch.config.patch(activation_memory_budget=BUDGET):
+        budget, _, _ = _run(architecture, dtype, fewbit_fx.FewBitConfig(disable=("find",), recipe="derivatives"))
+    cases, exact_gradient, exact_loss = {}, None, None
+    for recipe in RECIPES:
+        saved, gradient, loss = _run(architecture, dtype, fewbit_fx.FewBitConfig(recipe=recipe))
+        if exact_gradient is None:
+            exact_gradient, exact_loss = gradient, loss
+        assert exact_loss is not None, "the first recipe has set both"
+        cases[recipe] = Case(saved, relative_error(gradient, exact_gradient), torch.equal(loss, exact_loss))
+    return Row(architecture.name, architecture.group, inductor, budget, cases)
+
+
+def _run(architecture: Architecture, dtype: torch.dtype, config: fewbit_fx.FewBitConfig) -> tuple[int, Tensor, Tensor]:
+    """Bytes saved, the first gradient and the loss."""
+    torch.compiler.reset()
+    torch.manual_seed(SEED)
+    example = architecture.build()
+    model = example.model.to(dtype).train()
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in example.inputs.items()}
+    records: list[GraphRecord] = []
+
+    def backend(gm: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
+        return partition_only(gm, given, FewBitPartitioner(config, records.append))
+
+    torch.manual_seed(SEED + 1)
+    loss = torch.compile(lambda **inputs: example.loss(model(**inputs)), backend=backend)(**inputs)
+    loss.backward()
+    return sum(record.fewbit_bytes for record in records), flat_gradient(model), loss.detach()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the flags, measure, and show."""
+    names = [architecture.name for architecture in architectures()]
+    parser = parser_of("saved", __doc__)
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and data (default bfloat16)")
+    flags = parser.parse_args(arguments)
+    command = Command.started("saved", arguments, flags, [f"dtype {flags.dtype}", "batch 2"])
+    for noisy in ("transformers", "diffusers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    rows = _rows(flags, command)
+    command.finish(_table(rows), {"rows": [asdict(row) for row in rows]})
+
+
+def _rows(flags: argparse.Namespace, command: Command) -> list[Row]:
+    chosen = [architecture for architecture in architectures() if architecture.name in flags.only]
+    rows: list[Row] = []
+    with command.progress(len(chosen)) as show:
+        for i, architecture in enumerate(chosen):
+            show(architecture.name, i)
+            rows.append(measure(architecture, getattr(torch, flags.dtype)))
+    return rows
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    caption = "of bytes saved by inductor's default (and by its budget 0.9); error of the first gradient"
+    table = Table("", "inductor", f"budget {BUDGET}", *RECIPES, title="saved for the backward", caption=caption)
+    for row in rows:
+        cells = [f"{_change(case.saved_bytes, row.inductor_bytes)}{_more(row, case)}" for case in row.recipes.values()]
+        table.add_row(
+            row.name,
+            f"{row.inductor_bytes / 2**20:.1f} MiB",
+            _change(row.budget_bytes, row.inductor_bytes),
+            *cells,
+        )
+    return table
+
+
+def _more(row: Row, case: Case) -> str:
+    differs = "" if case.loss_identical else ", the loss differs"
+    return f" ({_change(case.saved_bytes, row.budget_bytes)}), {case.gradient_error:.1%}{differs}"
+
+
+def _change(value: float, reference: float) -> str:
+    return f"{100 * (value / reference - 1):+.0f} %"
+
+
+if __name__ == "__main__":
+    main()

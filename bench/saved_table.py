@@ -1,0 +1,53 @@
+"""The README's table of architectures: what each recipe saves, against inductor and its memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from bench.result_file import File, markdown, measured_with
+
+SHOWN = (
+    "GPT-2",
+    "Llama-3",
+    "Qwen3",
+    "ViT",
+    "Llama-3, LoRA on attention",
+    "Llama-3, LoRA on all linear layers",
+    "ResNet-50",
+)
+_RECIPES = ("exact", "default", "lean")
+
+
+def lines(files: Sequence[File]) -> Iterator[str]:
+    """A row for each architecture shown, and one for the mean of all transformers."""
+    (file,) = files
+    rows = {row["name"]: row for row in file.data["rows"]}
+    transformers = [row for row in rows.values() if row["group"] == "transformer"]
+    head = ("saved for backward", "inductor", "budget 0.9", *(f'recipe "{name}"' for name in _RECIPES))
+    body = [[name, *_cells(rows[name])] for name in SHOWN if name in rows]
+    body.append([f"mean of {len(transformers)} transformers", *_means(transformers)])
+    yield from markdown(head, *body)
+    yield f"\n<sub>{measured_with(files)}; {file.setting('dtype')}. In brackets the error of the first gradient.</sub>"
+
+
+def _cells(row: Mapping[str, Any]) -> Iterator[str]:
+    plain = row["inductor_bytes"]
+    yield f"{plain / 2**20:.1f} MiB"
+    yield _percent(row["budget_bytes"] / plain)
+    for name in _RECIPES:
+        case = row["recipes"][name]
+        error = f" ({100 * case['gradient_error']:.1f} %)" if case["gradient_error"] else ""
+        yield f"{_percent(case['saved_bytes'] / plain)}{error}"
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield ""
+    yield _percent(sum(row["budget_bytes"] / row["inductor_bytes"] for row in rows) / len(rows))
+    for name in _RECIPES:
+        shares = [row["recipes"][name]["saved_bytes"] / row["inductor_bytes"] for row in rows]
+        yield _percent(sum(shares) / len(shares))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * (share - 1):+.0f} %"
