@@ -78,6 +78,7 @@ class _Ledger:
         self._backward = plain.backward.graph, chosen.backward.graph
         self._before, self._after = _storages(plain), _storages(chosen)
         self._saved_after = frozenset(self._after)
+        self._storage_after = {n.name: key for key, nodes in self._after.items() for n in nodes}
         self._storage_of = {n.name: key for key, nodes in self._before.items() for n in nodes}
         self._nodes = by_name(plain.backward.graph)
         self._cut_nodes = by_name(cut.backward.graph) if cut is not plain else {}
@@ -100,8 +101,12 @@ class _Ledger:
         return {self._storage_of[n.name] for n in behind if n.name in self._storage_of}
 
     def exact(self, claimant: Claimant) -> Share:
-        """What is saved of the values from which the factors of a site left exact follow element by element."""
-        return self._take(self._leaves(claimant, _elementwise_ancestors) & self._saved_after)
+        """What is saved of the values from which the factors of a site left exact follow element by element.
+
+        Another cut may save under another name than torch.compile's own.
+        """
+        by_name = {self._storage_after[n.name] for n in claimant.exact_inputs if n.name in self._storage_after}
+        return self._take(self._leaves(claimant, _elementwise_ancestors) & self._saved_after | by_name)
 
     def leftovers(self) -> Iterator[Leftover]:
         """The storages that no site counts, in the order in which they are saved."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fewbit_fx
 from fewbit_fx import FewBitConfig
 from fewbit_fx.codec.block_scaled import block_layout, decode_values, encode_values
+from fewbit_fx.passes.reasons import Cause
 from fewbit_fx.passes.sites import Reader, ValueSite
 
 
@@ -154,3 +155,42 @@ def test_never_more_bytes() -> None:
     seen = watch(expanded, x, w, config=config())
     assert seen.record.fewbit_bytes <= seen.record.plain_bytes
     check_sums(seen.record)
+
+
+class Gated(nn.Module):
+    """A norm as Hugging Face writes it, and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.weight = nn.Embedding(128, 64), nn.Parameter(torch.ones(64))
+        self.first, self.mlp = nn.Linear(64, 64), GatedMLP()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.first(self.tokens(tokens))
+        normed = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype)
+        return x + self.mlp(self.weight * normed)
+
+
+def test_each_saved_tensor_is_a_site_with_its_reason() -> None:
+    seen = watch(Gated(), torch.randint(128, (8, 64)), config=config())
+    found = {(s.function, s.form or (s.reason.cause.value if s.reason else "")) for s in seen.record.sites}
+    assert {("norm input", "values"), ("factor", "values")} <= found
+    saved = {(s.shape, s.dtype): s for s in seen.record.sites if s.reason and not s.form}
+    statistic = saved[(8, 64, 1), "float32"]
+    assert statistic.reason is not None
+    assert statistic.reason.cause is Cause.STATISTIC
+    tokens = saved[(8, 64), "int64"]
+    assert tokens.reason is not None
+    assert tokens.reason.cause is Cause.INTEGER
+    check_sums(seen.record)
+
+
+def test_a_leaf_that_is_an_argument_lives_anyway() -> None:
+    """A code of it would come on top of what accumulates its gradient."""
+    w, x = torch.randn(64, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
+    backend = fewbit_fx.backend(strict=True, min_numel=0)
+    compiled = torch.compile(lambda x, w: (x @ w).sin() @ w, backend=backend)
+    compiled(x, w).sum().backward()
+    report = backend.last_report()
+    assert [(s.function, s.form) for s in report.sites if s.form] == [("factor", "values")], "the product alone"
+    assert report.fewbit_bytes == 64 * 64 * 17 // 16
