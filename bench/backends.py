@@ -41,7 +41,7 @@ def backend_of(name: str, **fewbit: Any) -> Backend:
 
 def saved_bytes_within_budget(model: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
     """Bytes that inductor saves for the backward with the budget, without parameters."""
-    with _budget():
+    with within_budget():
         return fewbit_fx.explain(model, *inputs, fewbit_config=_CHEAPEST).plain_bytes
 
 
@@ -58,9 +58,10 @@ class _Budgeted:
     __name__ = BUDGETED  # what torch's messages call the backend
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        with _budget():
+        with within_budget():
             return lookup_backend("inductor")(gm, example_inputs)  # type: ignore[no-any-return]
 
 
-def _budget() -> AbstractContextManager[None]:
+def within_budget() -> AbstractContextManager[None]:
+    """Where torch.compile has the budget."""
     return functorch_config.patch(activation_memory_budget=BUDGET)  # type: ignore[no-any-return]

@@ -21,13 +21,13 @@ from torch import Tensor, fx
 
 import fewbit_fx
 from bench.architectures import Architecture, architectures
+from bench.backends import BUDGET, within_budget
 from bench.command import DTYPES, Command, parser_of
 from bench.measure import flat_gradient, relative_error
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.torch_private.inductor import partition_only
 
-BUDGET = 0.9
 RECIPES = ("exact", "default", "lean")
 SEED = 0
 
@@ -69,7 +69,7 @@ class Row:
 def measure(architecture: Architecture, dtype: torch.dtype) -> Row:
     """All cases of one architecture."""
     inductor, _, _ = _run(architecture, dtype, fewbit_fx.FewBitConfig(disable=("find",), recipe="derivatives"))
-    with torch._functorch.config.patch(activation_memory_budget=BUDGET):
+    with within_budget():
         budget, _, _ = _run(architecture, dtype, fewbit_fx.FewBitConfig(disable=("find",), recipe="derivatives"))
     cases, exact_gradient, exact_loss = {}, None, None
     for recipe in RECIPES:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DERIVATIVES
 
 import fewbit_fx
 from bench import block, comparison, compile_time, demo, measure, operator, step
@@ -204,7 +203,7 @@ def test_a_transformer_block_saves_a_code_and_two_masks(training: str) -> None:
     tokens, width = 2 * 64, 64
     module = block.Case("transformer", training, "bfloat16", 2, 64, width).module()
     x = torch.randn(2, 64, width, dtype=torch.bfloat16, requires_grad=True)
-    report = fewbit_fx.explain(module, x, fewbit_config=FewBitConfig(**DERIVATIVES))
+    report = fewbit_fx.explain(module, x, fewbit_config=FewBitConfig(recipe="derivatives"))
     inner, masks = tokens * 4 * width, 2 * tokens * width
     assert {"gelu: coded in 3 bits", "dropout: exact one-bit mask"} <= set(what_happened(report))
     assert report.plain_bytes - report.fewbit_bytes == inner * 2 - inner * 3 // 8 + masks - masks // 8
@@ -239,7 +238,7 @@ def test_step_of_roberta() -> None:
     flags = step._parser().parse_args(["--model", "roberta", "--layers", "1", "--sequence", "16"])
     settings = step.Settings.of(flags)
     assert (settings.batch, settings.dtype) == (2, "float32")
-    config = FewBitConfig(**DERIVATIVES)
+    config = FewBitConfig(recipe="derivatives")
     report = fewbit_fx.explain(settings.initial_model(), *settings.batches()[0], fewbit_config=config)
     (gelu,) = (site for site in report.sites if site.function == "gelu")
     assert (gelu.shape, action(gelu)) == ((2, 16, 4 * 768), "coded in 3 bits")
@@ -335,7 +334,7 @@ def test_llama_tells_positions_apart() -> None:
 
 def test_step_of_vit() -> None:
     settings = step.Settings.of(step._parser().parse_args(["--model", "vit", "--layers", "1", "--batch", "2"]))
-    config = FewBitConfig(**DERIVATIVES)
+    config = FewBitConfig(recipe="derivatives")
     report = fewbit_fx.explain(settings.initial_model(), *settings.batches()[0], fewbit_config=config)
     (gelu,) = (site for site in report.sites if site.function == "gelu")
     assert (gelu.shape, action(gelu)) == ((2, step.IMAGE_TOKENS, 4 * 256), "coded in 3 bits")

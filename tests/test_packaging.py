@@ -80,7 +80,7 @@ def test_the_backend_is_there_by_name(wheel: Path, tmp_path: Path, before: str) 
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout
-    assert "coded in 3 bits" in done.stdout
+    assert "values in 8 bits" in done.stdout
 
 
 def test_the_core_needs_torch_and_numpy_only(wheel: Path) -> None:

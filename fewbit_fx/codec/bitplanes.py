@@ -64,14 +64,14 @@ class PlaneLayout:
 
         Inductor does not lower a view of an empty tensor of symbolic size.
         """
-        return self._has_rest_apart(x) and hint(x.numel()) <= self._block
+        return self._has_rest_apart(x) and hint(_numel(x)) <= self._block
 
     def join(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """The tensor, of the shape of another, whose parts these are."""
         if self._fills(like):
             return from_memory_order(parts[0], like.shape, self.order)
         flats = [part.reshape(-1) for part in parts]
-        numel = like.numel()
+        numel = _numel(like)
         flats[-1] = flats[-1][: numel - sum(flat.numel() for flat in flats[:-1])]
         return from_memory_order(torch.cat(flats) if len(flats) > 1 else flats[0], like.shape, self.order)
 
@@ -103,17 +103,17 @@ class PlaneLayout:
 
     def nbytes(self, x: Tensor) -> int:
         """Bytes of one plane of a tensor, by hint where its size is symbolic."""
-        return -(-hint(x.numel()) // self._block) * self._block // 8
+        return -(-hint(_numel(x)) // self._block) * self._block // 8
 
     @property
     def _block(self) -> int:
         return WORD_BITS * self.lanes
 
     def _fills(self, x: Tensor) -> bool:
-        return self.kept > 0 or statically_known_true(x.numel() % self._block == 0)
+        return self.kept > 0 or statically_known_true(_numel(x) % self._block == 0)
 
     def _has_rest_apart(self, x: Tensor) -> bool:
-        return self.lanes > 1 and not self._fills(x) and not statically_known_true(x.numel() < self._block)
+        return self.lanes > 1 and not self._fills(x) and not statically_known_true(_numel(x) < self._block)
 
 
 def bit_weights(device: torch.device) -> Tensor:
@@ -167,3 +167,8 @@ def from_memory_order(flat: Tensor, shape: Sequence[int], order: tuple[int, ...]
     if not order:
         return flat.reshape(shape)
     return flat.reshape([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
+
+
+def _numel(x: Tensor) -> int:
+    """The number of elements, as a product of sizes: a trace follows that of a tensor that is none of its inputs."""
+    return math.prod(x.shape)

@@ -15,7 +15,7 @@ from ..reasons import Cause, Reason
 from ..sites import MaskSite, Site
 from ..splice import description
 from .representation import Decision, Decode, Encode, Exact
-from .stored_in_planes import StoredInPlanes
+from .stored_in_planes import StoredInPlanes, decoded_alone
 
 SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="masks")
 
@@ -74,4 +74,4 @@ def propose_packed_mask(site: Site, config: FewBitConfig) -> Decision | None:
     """One bit per element, for boolean tensors."""
     if not isinstance(site, MaskSite):
         return None
-    return PackedMask(site) if config.masks else Exact(SWITCHED_OFF)
+    return decoded_alone(PackedMask(site)) if config.masks else Exact(SWITCHED_OFF)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fewbit_fx.codec.bitplanes import PlaneLayout, plane_layout
+from fewbit_fx.torch_private.sizes import bare_symbol
 
 from ..graph import value_of
-from .representation import Representation
+from ..reasons import Cause, Reason
+from .representation import Exact, Representation
 
 
 class StoredInPlanes(Representation):
@@ -33,3 +36,13 @@ class StoredInPlanes(Representation):
     def layout(self) -> PlaneLayout:
         """The layout of the planes, which follows from that tensor's device, shape and strides."""
         return plane_layout(self.value)
+
+
+def decoded_alone(stored: StoredInPlanes) -> StoredInPlanes | Exact:
+    """What is to follow from its code alone; exact where the backward could not tell its size.
+
+    Sizes are inputs of the backward, each by itself. A product of some is known to a trace only as the size of a
+    saved tensor, which it is where the layout keeps that dimension.
+    """
+    products = [n for n in stored.value.shape if isinstance(n, torch.SymInt) and bare_symbol(n) is None]
+    return Exact(Reason(Cause.SIZE_NOT_IN_BACKWARD)) if products and not stored.layout.kept else stored

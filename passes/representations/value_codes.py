@@ -23,7 +23,7 @@ from ..reasons import Cause, Reason
 from ..sites import Reader, Site, ValueSite
 from ..splice import description
 from .representation import Decision, Decode, Encode, Exact
-from .stored_in_planes import StoredInPlanes
+from .stored_in_planes import StoredInPlanes, decoded_alone
 
 # Root mean square of the error over that of the values, for a normal distribution; by bits.
 NORMAL_ERROR = {2: 0.52, 3: 0.202, 4: 0.089, 5: 0.0431, 6: 0.021, 7: 0.0113, 8: 0.0055}
@@ -115,4 +115,4 @@ def propose_value_codes(site: Site, config: FewBitConfig) -> Decision | None:
     dtype = value_of(site.node).dtype
     if dtype not in CODED_DTYPES:
         return Exact(Reason.of(Cause.DTYPE, dtype=str(dtype).removeprefix("torch.")))
-    return ValueCodes(site, bits)
+    return decoded_alone(ValueCodes(site, bits))
