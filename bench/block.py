@@ -107,7 +107,8 @@ class ForwardBackward:
     def __init__(self, module: nn.Module, backend: str | fewbit_fx.FewBitBackend, case: Case) -> None:
         parameters = list(module.parameters())
         like = {"device": parameters[0].device, "dtype": parameters[0].dtype}
-        self._x = torch.randn(case.batch, case.context, case.width, **like).requires_grad_()
+        leaf = torch.randn(case.batch, case.context, case.width, **like).requires_grad_()
+        self._x = leaf + 0  # as inside of a model: a leaf itself lives anyway, and is left exact
         self._gradient = torch.randn(case.batch, case.context, case.width, **like)
         self._wanted = [self._x, *(p for p in parameters if p.requires_grad)]
         self._compiled = torch.compile(module, backend=backend, dynamic=False)

@@ -193,7 +193,8 @@ def measure(
 def _candidates(case: Case, device: torch.device) -> list[Candidate]:
     torch.manual_seed(SEED)
     shape, dtype = (case.numel // COLUMNS, COLUMNS), getattr(torch, case.dtype)
-    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    leaf = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    x = leaf + 0  # as inside of a model: a leaf itself lives anyway, and is left exact
     gradient = torch.randn(shape, device=device).to(dtype)
     function = case.operator.function
     plain = Compiled(function, "inductor", x, gradient)

@@ -194,3 +194,14 @@ def test_a_leaf_that_is_an_argument_lives_anyway() -> None:
     report = backend.last_report()
     assert [(s.function, s.form) for s in report.sites if s.form] == [("factor", "values")], "the product alone"
     assert report.fewbit_bytes == 64 * 64 * 17 // 16
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, lambda a, b: ((a - b).square() + 1e-6).sqrt().mean()])
+def test_residuals_of_a_loss_are_left_exact(loss: Any) -> None:
+    model, x, target = nn.Linear(64, 64), torch.randn(256, 64), torch.randn(256, 64)
+    seen = watch(lambda x: loss(model(x), target), x, config=config())
+    assert not seen.coded
+    found = torch.autograd.grad(seen.output, list(model.parameters()))
+    expected = torch.autograd.grad(loss(model(x), target), list(model.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

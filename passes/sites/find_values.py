@@ -28,6 +28,7 @@ from ..reasons import Cause, Reason
 from .value_site import Reader, ValueSite
 
 DATA, STATISTIC, INTEGER = Reason(Cause.DATA), Reason(Cause.STATISTIC), Reason(Cause.INTEGER)
+LOSS = Reason(Cause.LOSS)
 _PRODUCTS = frozenset({aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.linear, aten._scaled_mm, aten._grouped_mm})
 _REDUCTIONS = frozenset(
     {aten.sum, aten.mean, aten.var, aten.var_mean, aten.std, aten.amax, aten.amin, aten.max, aten.logsumexp, aten.norm}
@@ -49,6 +50,7 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
     """
     nodes, data = by_name(joint), _data(joint)
     readers = _readers(partition.backward.graph, _norm_inputs(joint))
+    in_losses = _read_by_losses(partition.backward.graph)
     saved = {n.name for storage in partition.saved_storages().values() for n in storage}
 
     def kept_as(node: fx.Node) -> Reason | None:
@@ -56,6 +58,8 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
             return INTEGER
         if node.name in data:
             return DATA
+        if node.name in in_losses and readers[node.name] is not Reader.SOFTMAX:
+            return LOSS
         return STATISTIC if _is_statistic(node) else None
 
     return [
@@ -135,6 +139,29 @@ def _readers(backward: fx.Graph, norm_inputs: set[str]) -> dict[str, Reader]:
         readers += [Reader.SOFTMAX for user in node.users if _is_exponential_of_a_softmax(user)]
         readers += [Reader.NORM] if node.name in norm_inputs else []
         found[node.name] = max(readers, default=Reader.FACTOR)
+    return found
+
+
+def _read_by_losses(backward: fx.Graph) -> set[str]:
+    """Names of what the derivative of a loss is computed from.
+
+    Its gradient comes from fewer numbers, through nothing but pointwise operations. Residuals go to 0 in training, where
+    the derivative of a loss may vary within less than the step between two codes.
+    """
+    gradients = descendants(tangents(backward))
+    spread: dict[fx.Node, int] = {}  # gradients of a loss, with the most elements that they are spread from
+    found: set[str] = set()
+    for node in backward.nodes:
+        incoming = [n for n in node.all_input_nodes if n in gradients]
+        if node in gradients and node.op == "placeholder":
+            spread[node] = _numel(node)
+        elif incoming and _leads_on(node) and all(n in spread for n in incoming):
+            spread[node] = max(spread[n] for n in incoming)
+    for node in reversed(backward.nodes):
+        for user in node.users:
+            is_loss = user in spread and spread[user] < _numel(user)
+            if is_loss or (user not in gradients and user.name in found and _leads_on(user)):
+                found.add(node.name)
     return found
 
 
