@@ -145,8 +145,8 @@ def _readers(backward: fx.Graph, norm_inputs: set[str]) -> dict[str, Reader]:
 def _read_by_losses(backward: fx.Graph) -> set[str]:
     """Names of what the derivative of a loss is computed from.
 
-    Its gradient comes from fewer numbers, through nothing but pointwise operations. Residuals go to 0 in training, where
-    the derivative of a loss may vary within less than the step between two codes.
+    Its gradient comes from fewer numbers, through nothing but pointwise operations. Residuals go to 0 in training,
+    where the derivative of a loss may vary within less than the step between two codes.
     """
     gradients = descendants(tangents(backward))
     spread: dict[fx.Node, int] = {}  # gradients of a loss, with the most elements that they are spread from
