@@ -63,5 +63,6 @@ def _is_boolean(node: fx.Node) -> bool:
 
 def _is_of_the_sign(node: fx.Node) -> bool:
     if node.target in _COMPARISONS:
-        return node.args[1] == 0
+        threshold = node.args[1]
+        return isinstance(threshold, (int, float)) and threshold == 0
     return node.target in (aten.sign.default, aten.sgn.default)

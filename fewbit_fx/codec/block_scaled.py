@@ -135,7 +135,7 @@ def saved_per_part(bits: int, device: torch.device) -> int:
 
 def _most(bits: int) -> int:
     """L of the module's text."""
-    return 2 ** (bits - 1) - 1
+    return (1 << (bits - 1)) - 1
 
 
 def scale_nbytes(x: Tensor, layout: PlaneLayout) -> int:

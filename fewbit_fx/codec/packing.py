@@ -96,7 +96,7 @@ def _pack_field(words: Tensor, width: int) -> Tensor:
     count, mask = _BYTE // width, (2**width - 1) * _EACH_BYTE
     rows = words.shape[-2] // count
     parts = [(words.narrow(-2, i * rows, rows) & mask) << (i * width) for i in range(count)]
-    packed = parts[0]
+    packed: Tensor = parts[0]
     for part in parts[1:]:
         packed = packed | part
     return packed

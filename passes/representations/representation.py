@@ -49,12 +49,15 @@ class Representation(ABC):
     Attributes:
         site: The site.
         form: One word for the kind of representation, such as ``codes``.
-        bits: Bits stored per element.
     """
 
     site: Site
     form: str
-    bits: int
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Bits stored per element."""
 
     @property
     @abstractmethod

@@ -68,8 +68,13 @@ class ValueCodes(StoredInPlanes):
     """b bits per element and half a bit of scale."""
 
     site: ValueSite
-    bits: int
+    bits_per_element: int
     form = "values"
+
+    @property
+    def bits(self) -> int:
+        """Without the scales."""
+        return self.bits_per_element
 
     @property
     def nbytes(self) -> int:
