@@ -1,4 +1,4 @@
-# make demo       train a small GPT with and without fewbit (about 5 minutes)
+# make demo       train a small GPT with and without fewbit (about 8 minutes)
 # make test       the tests
 # make lint       ruff and mypy
 # make results    the README's tables, made anew from bench/results (measures nothing)
