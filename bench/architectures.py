@@ -62,87 +62,28 @@ def _text(model: nn.Module, vocabulary: int) -> Example:
     return Example(model, {"input_ids": tokens, "labels": tokens})
 
 
-def _llama() -> Example:
-    import transformers as hf
+def _language_model(name: str, task: str, real: tuple[int, int, int], **sizes: Any) -> Callable[[], Example]:
+    """A language model of transformers.
 
-    vocabulary = _vocabulary(128256, 32, 4096)
-    config = hf.LlamaConfig(
-        num_hidden_layers=LAYERS,
-        hidden_size=WIDTH,
-        intermediate_size=896,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=vocabulary,
-    )
-    return _text(hf.LlamaForCausalLM(config), vocabulary)
+    Args:
+        name: What its classes begin with, such as ``Llama``.
+        task: What its model ends with, such as ``ForCausalLM``.
+        real: Vocabulary, layers and width of the real one.
+        **sizes: Of its configuration, beside layers, width and vocabulary.
+    """
 
+    def build() -> Example:
+        import transformers as hf
 
-def _qwen3() -> Example:
-    import transformers as hf
+        vocabulary = _vocabulary(*real)
+        make = getattr(hf, _CONFIGURATIONS.get(name, f"{name}Config"))
+        config = make(num_hidden_layers=LAYERS, hidden_size=WIDTH, vocab_size=vocabulary, **sizes)
+        return _text(getattr(hf, f"{name}{task}")(config), vocabulary)
 
-    vocabulary = _vocabulary(151936, 36, 4096)
-    config = hf.Qwen3Config(
-        num_hidden_layers=LAYERS,
-        hidden_size=WIDTH,
-        intermediate_size=768,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=vocabulary,
-    )
-    return _text(hf.Qwen3ForCausalLM(config), vocabulary)
+    return build
 
 
-def _gemma3() -> Example:
-    import transformers as hf
-
-    vocabulary = _vocabulary(262144, 34, 2560)
-    config = hf.Gemma3TextConfig(
-        num_hidden_layers=LAYERS,
-        hidden_size=WIDTH,
-        intermediate_size=1024,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        vocab_size=vocabulary,
-        sliding_window=128,
-    )
-    return _text(hf.Gemma3ForCausalLM(config), vocabulary)
-
-
-def _phi3() -> Example:
-    import transformers as hf
-
-    vocabulary = _vocabulary(32064, 32, 3072)
-    config = hf.Phi3Config(
-        num_hidden_layers=LAYERS,
-        hidden_size=WIDTH,
-        intermediate_size=683,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=vocabulary,
-        pad_token_id=0,
-    )
-    return _text(hf.Phi3ForCausalLM(config), vocabulary)
-
-
-def _modernbert() -> Example:
-    import transformers as hf
-
-    vocabulary = _vocabulary(50368, 22, 768)
-    config = hf.ModernBertConfig(
-        num_hidden_layers=LAYERS,
-        hidden_size=WIDTH,
-        intermediate_size=384,
-        num_attention_heads=4,
-        vocab_size=vocabulary,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        cls_token_id=1,
-        sep_token_id=2,
-    )
-    return _text(hf.ModernBertForMaskedLM(config), vocabulary)
+_CONFIGURATIONS = {"Gemma3": "Gemma3TextConfig"}  # of those that are not named like the model
 
 
 def _vit() -> Example:
@@ -169,20 +110,6 @@ def _gpt2() -> Example:
     vocabulary = _vocabulary(50257, 12, 768)
     config = hf.GPT2Config(n_layer=LAYERS, n_embd=WIDTH, n_head=4, vocab_size=vocabulary)
     return _text(hf.GPT2LMHeadModel(config), vocabulary)
-
-
-def _bert() -> Example:
-    import transformers as hf
-
-    vocabulary = _vocabulary(30522, 12, 768)
-    config = hf.BertConfig(
-        num_hidden_layers=LAYERS,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_attention_heads=4,
-        vocab_size=vocabulary,
-    )
-    return _text(hf.BertForMaskedLM(config), vocabulary)
 
 
 def _whisper() -> Example:
@@ -230,25 +157,6 @@ def _mean_square(result: Any) -> Tensor:
     return (sample.float() - target).square().mean()
 
 
-def _qwen3_moe() -> Example:
-    import transformers as hf
-
-    vocabulary = _vocabulary(151936, 48, 2048)
-    config = hf.Qwen3MoeConfig(
-        num_hidden_layers=LAYERS,
-        hidden_size=WIDTH,
-        intermediate_size=768,
-        moe_intermediate_size=96,
-        num_experts=8,
-        num_experts_per_tok=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=vocabulary,
-    )
-    return _text(hf.Qwen3MoeForCausalLM(config), vocabulary)
-
-
 def _resnet50() -> Example:
     import transformers as hf
 
@@ -287,16 +195,63 @@ def _lora_llama(where: list[str]) -> Callable[[], Example]:
     return build
 
 
+_llama = _language_model(
+    "Llama", "ForCausalLM", (128256, 32, 4096), intermediate_size=896, num_attention_heads=8, num_key_value_heads=2
+)
+_QWEN3 = {"intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
 _TRANSFORMERS = {
     "Llama-3": _llama,
-    "Qwen3": _qwen3,
-    "Gemma-3": _gemma3,
-    "Phi-3": _phi3,
-    "ModernBERT": _modernbert,
+    "Qwen3": _language_model("Qwen3", "ForCausalLM", (151936, 36, 4096), **_QWEN3),
+    "Gemma-3": _language_model(
+        "Gemma3",
+        "ForCausalLM",
+        (262144, 34, 2560),
+        intermediate_size=1024,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        sliding_window=128,
+    ),
+    "Phi-3": _language_model(
+        "Phi3",
+        "ForCausalLM",
+        (32064, 32, 3072),
+        intermediate_size=683,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        pad_token_id=0,
+    ),
+    "ModernBERT": _language_model(
+        "ModernBert",
+        "ForMaskedLM",
+        (50368, 22, 768),
+        intermediate_size=384,
+        num_attention_heads=4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    ),
     "ViT": _vit,
     "GPT-2": _gpt2,
-    "BERT": _bert,
+    "BERT": _language_model(
+        "Bert", "ForMaskedLM", (30522, 12, 768), intermediate_size=4 * WIDTH, num_attention_heads=4
+    ),
     "Whisper": _whisper,
     "DiT": _dit,
 }
-_OTHERS = {"Qwen3-MoE": _qwen3_moe, "ResNet-50": _resnet50, "diffusion U-Net": _unet, "ConvNeXt": _convnext}
+_OTHERS = {
+    "Qwen3-MoE": _language_model(
+        "Qwen3Moe",
+        "ForCausalLM",
+        (151936, 48, 2048),
+        moe_intermediate_size=96,
+        num_experts=8,
+        num_experts_per_tok=2,
+        **_QWEN3,
+    ),
+    "ResNet-50": _resnet50,
+    "diffusion U-Net": _unet,
+    "ConvNeXt": _convnext,
+}

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo import lookup_backend
-from torch._functorch import config as functorch_config
 
 import fewbit_fx
+from fewbit_fx.torch_private.dynamo import lookup_backend
+from fewbit_fx.torch_private.inductor import activation_memory_budget
 
 BUDGET = 0.9
 INDUCTOR, BUDGETED, FEWBIT = "inductor", f"budget_{BUDGET}", "fewbit"
@@ -64,4 +64,4 @@ class _Budgeted:
 
 def within_budget() -> AbstractContextManager[None]:
     """Where torch.compile has the budget."""
-    return functorch_config.patch(activation_memory_budget=BUDGET)  # type: ignore[no-any-return]
+    return activation_memory_budget(BUDGET)

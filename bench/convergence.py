@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass
 import torch
 from rich.table import Table
 
+from bench.backends import FEWBIT, INDUCTOR, backend_of
 from bench.command import DTYPES, Command, count_flag, parser_of
 from bench.corpus import Corpus
 from bench.language_models import CONTEXT, LANGUAGE_MODELS, language_model
 from bench.training import Runner
 from fewbit_fx.config import RECIPES
 
-INDUCTOR = "inductor"
 BATCH = 4
 
 
@@ -47,12 +47,10 @@ def train(model: str, recipe: str, seed: int, steps: int, dtype: torch.dtype, de
     torch.manual_seed(seed)
     made = language_model(model, lora=False).to(device)
     corpus, generator = Corpus.of_standard_library(), torch.Generator().manual_seed(seed)
-    backend, options = (INDUCTOR, {}) if recipe == INDUCTOR else ("fewbit", {"recipe": recipe})
     runner = Runner(
         recipe,
         made,
-        backend=backend,
-        options=options,
+        backend=INDUCTOR if recipe == INDUCTOR else backend_of(FEWBIT, recipe=recipe),
         batches=lambda: corpus.batch(BATCH, CONTEXT, generator),
         steps=steps,
         seed=seed + 1,

@@ -221,22 +221,22 @@ class Demo:
 
     def _show(self) -> None:
         self._compare_times()
+        first = {r.name: self._first_step(r) for r in self.runners[1:]}
         table = Table("", *(TITLES[name] for name in self.results), title="what fewbit bought", caption=CAPTION)
-        for title, cells in self._rows():
+        for title, cells in self._rows(list(first.values())):
             if any(cell != NOTHING for cell in cells):
                 table.add_row(title, *cells)
         if self.report is not None:
             print(f"\n{self.report}\n")
         curves = {r.name: {"training": asdict(r.training), "validation": asdict(r.validation)} for r in self.runners}
         results = {name: asdict(result) for name, result in self.results.items()}
-        first = {r.name: self._first_step(r) for r in self.runners[1:]}
         about_first = {"first_step": first[FEWBIT], "first_step_within_budget": first[BUDGETED]}
         self.command.finish(table, {"results": results, **about_first, "curves": curves})
         picture = self.command.output.with_suffix(".png")
         save_plot(picture, self.runners, self.results, self.command.about)
         self.console.print(f"wrote {picture}")
 
-    def _rows(self) -> Iterator[tuple[str, list[str]]]:
+    def _rows(self, first: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
         results = list(self.results.values())
         yield "saved for backward by the graphs", changes([r.saved_bytes for r in results], mebibytes)
         yield "held after a forward (allocator)", changes([r.held_bytes for r in results], mebibytes)
@@ -246,7 +246,6 @@ class Demo:
         if len(timings) == len(results):
             yield "median step, ms", times(timings)
         yield "compile (first step, cold)", ratios([r.compile_s for r in results], lambda seconds: f"{seconds:.1f} s")
-        first = [self._first_step(runner) for runner in self.runners[1:]]
         if all(first):
             same = ["bit-identical" if step["loss_identical"] else "differs" for step in first]
             yield "loss of the first step", [f"{first[0]['loss']:.6f}", *same]

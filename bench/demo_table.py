@@ -102,9 +102,7 @@ class Training:
 
 def lines(files: Sequence[File]) -> Iterator[str]:
     """The demo's runs, grouped by model and by LoRA, each group led by inductor; the leanest recipe and bits last."""
-    runs = sorted(
-        map(Training.of, files), key=lambda run: (*run.group, _RECIPES.index(run.recipe), -run.bits, run.seed)
-    )
+    runs = sorted(map(Training.of, files), key=Training.place)
     longest = max(run.steps for run in runs)
     rows = []
     for _, members in itertools.groupby(runs, key=lambda run: run.group):

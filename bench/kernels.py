@@ -27,8 +27,7 @@ from bench.transformer import MLP, Block, BlockConfig, plain_attention
 from fewbit_fx.config import RECIPES
 
 ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU}
-_OWN_CUT = fewbit_fx.FewBitConfig(recipe="exact", recompute=False, strict=True)
-EXACT = _OWN_CUT.updated({"masks": False})
+EXACT = fewbit_fx.FewBitConfig(recipe="exact", recompute=False, masks=False, strict=True)
 WIDTH, TOKENS = 256, 2048
 
 
@@ -84,7 +83,7 @@ class Case:
         """The options that stand for it."""
         if self.recipe:
             return fewbit_fx.FewBitConfig(recipe=self.recipe, strict=True)
-        return _OWN_CUT.updated({"derivatives": True, "bits": self.bits}) if self.bits else EXACT
+        return fewbit_fx.FewBitConfig(recipe="derivatives", bits=self.bits, strict=True) if self.bits else EXACT
 
 
 @dataclass(frozen=True)

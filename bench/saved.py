@@ -22,7 +22,8 @@ from torch import Tensor, fx
 import fewbit_fx
 from bench.architectures import Architecture, architectures
 from bench.backends import BUDGET, within_budget
-from bench.command import DTYPES, Command, parser_of
+from bench.command import DTYPES, Command, change, parser_of
+from bench.comparison import mebibytes
 from bench.measure import flat_gradient, relative_error
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord
@@ -68,21 +69,28 @@ class Row:
 
 def measure(architecture: Architecture, dtype: torch.dtype) -> Row:
     """All cases of one architecture."""
-    inductor, _, _ = _run(architecture, dtype, fewbit_fx.FewBitConfig(disable=("find",), recipe="derivatives"))
     with within_budget():
-        budget, _, _ = _run(architecture, dtype, fewbit_fx.FewBitConfig(disable=("find",), recipe="derivatives"))
-    cases, exact_gradient, exact_loss = {}, None, None
-    for recipe in RECIPES:
-        saved, gradient, loss = _run(architecture, dtype, fewbit_fx.FewBitConfig(recipe=recipe))
-        if exact_gradient is None:
-            exact_gradient, exact_loss = gradient, loss
-        assert exact_loss is not None, "the first recipe has set both"
-        cases[recipe] = Case(saved, relative_error(gradient, exact_gradient), torch.equal(loss, exact_loss))
-    return Row(architecture.name, architecture.group, inductor, budget, cases)
+        budget = _run(architecture, dtype, fewbit_fx.FewBitConfig(disable=("find",), recipe="derivatives"))
+    runs = {recipe: _run(architecture, dtype, fewbit_fx.FewBitConfig(recipe=recipe)) for recipe in RECIPES}
+    exact = runs["exact"]
+    cases = {
+        recipe: Case(run.saved_bytes, relative_error(run.gradient, exact.gradient), torch.equal(run.loss, exact.loss))
+        for recipe, run in runs.items()
+    }
+    return Row(architecture.name, architecture.group, exact.inductor_bytes, budget.saved_bytes, cases)
 
 
-def _run(architecture: Architecture, dtype: torch.dtype, config: fewbit_fx.FewBitConfig) -> tuple[int, Tensor, Tensor]:
-    """Bytes saved, the first gradient and the loss."""
+@dataclass(frozen=True)
+class _Run:
+    """One forward and backward: bytes saved by torch.compile's own cut and by the one in use, and what came of it."""
+
+    inductor_bytes: int
+    saved_bytes: int
+    gradient: Tensor
+    loss: Tensor
+
+
+def _run(architecture: Architecture, dtype: torch.dtype, config: fewbit_fx.FewBitConfig) -> _Run:
     torch.compiler.reset()
     torch.manual_seed(SEED)
     example = architecture.build()
@@ -96,7 +104,8 @@ def _run(architecture: Architecture, dtype: torch.dtype, config: fewbit_fx.FewBi
     torch.manual_seed(SEED + 1)
     loss = torch.compile(lambda **inputs: example.loss(model(**inputs)), backend=backend)(**inputs)
     loss.backward()
-    return sum(record.fewbit_bytes for record in records), flat_gradient(model), loss.detach()
+    plain, saved = (sum(getattr(record, name) for record in records) for name in ("plain_bytes", "fewbit_bytes"))
+    return _Run(plain, saved, flat_gradient(model), loss.detach())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -129,11 +138,11 @@ def _table(rows: Sequence[Row]) -> Table:
     caption = "of bytes saved by inductor's default (and by its budget 0.9); error of the first gradient"
     table = Table("", "inductor", f"budget {BUDGET}", *RECIPES, title="saved for the backward", caption=caption)
     for row in rows:
-        cells = [f"{_change(case.saved_bytes, row.inductor_bytes)}{_more(row, case)}" for case in row.recipes.values()]
+        cells = [f"{change(case.saved_bytes, row.inductor_bytes)}{_more(row, case)}" for case in row.recipes.values()]
         table.add_row(
             row.name,
-            f"{row.inductor_bytes / 2**20:.1f} MiB",
-            _change(row.budget_bytes, row.inductor_bytes),
+            mebibytes(row.inductor_bytes),
+            change(row.budget_bytes, row.inductor_bytes),
             *cells,
         )
     return table
@@ -141,11 +150,7 @@ def _table(rows: Sequence[Row]) -> Table:
 
 def _more(row: Row, case: Case) -> str:
     differs = "" if case.loss_identical else ", the loss differs"
-    return f" ({_change(case.saved_bytes, row.budget_bytes)}), {case.gradient_error:.1%}{differs}"
-
-
-def _change(value: float, reference: float) -> str:
-    return f"{100 * (value / reference - 1):+.0f} %"
+    return f" ({change(case.saved_bytes, row.budget_bytes)}), {case.gradient_error:.1%}{differs}"
 
 
 if __name__ == "__main__":

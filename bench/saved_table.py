@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from bench.comparison import mebibytes
 from bench.result_file import File, markdown, measured_with
 
 SHOWN = (
@@ -33,7 +34,7 @@ def lines(files: Sequence[File]) -> Iterator[str]:
 
 def _cells(row: Mapping[str, Any]) -> Iterator[str]:
     plain = row["inductor_bytes"]
-    yield f"{plain / 2**20:.1f} MiB"
+    yield mebibytes(plain)
     yield _percent(row["budget_bytes"] / plain)
     for name in _RECIPES:
         case = row["recipes"][name]

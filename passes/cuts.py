@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from fewbit_fx.torch_private.graphs import OpOverload
 from fewbit_fx.torch_private.inductor import cheap_recomputation, has_a_budget, min_cut_rematerialization_partition
 
-from .graph import MOVEMENTS, aten, is_pointwise, prims, value_of
+from .graph import aten, is_local, prims, value_of
 from .partition import Partition
 
 _LOOKUP = prims.inductor_lookup_seed.default  # tagged as if it drew numbers
@@ -62,7 +62,7 @@ def _is_cheap(node: fx.Node) -> bool:
         return True  # arithmetic of sizes, and parts of tuples
     if node.target is _LOOKUP or node.target.is_view or node.target in _GATHERING:
         return True
-    if is_pointwise(node) or node.target in MOVEMENTS:
+    if is_local(node):
         return True
     makes_constant = not any(isinstance(value_of(n), Tensor) for n in node.all_input_nodes)
     return makes_constant and not _draws_numbers(node)

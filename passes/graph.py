@@ -63,6 +63,17 @@ def is_pointwise(node: fx.Node) -> bool:
     return pointwise or node.target in COPIES
 
 
+def is_local(node: fx.Node) -> bool:
+    """Each output element follows from few elements of the inputs: those at its place, or one placed elsewhere."""
+    return is_pointwise(node) or node.target in MOVEMENTS
+
+
+def is_boolean(node: fx.Node) -> bool:
+    """Whether the value is a boolean tensor."""
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
 def same_shape(a: fx.Node, b: fx.Node) -> bool:
     """Whether both are tensors whose shapes are known to be equal, without a new guard."""
     x, y = value_of(a), value_of(b)

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from .graph import COPIES, MOVEMENTS, aten, constant_value, descendants, prims, tangents, value_of
+from .graph import COPIES, MOVEMENTS, aten, constant_value, descendants, is_boolean, prims, tangents
 
 _STEPS = frozenset(
     {aten.sign.default, aten.sgn.default, aten.floor.default, aten.ceil.default}
@@ -46,7 +45,7 @@ def jumps(backward: fx.Graph, decoded: Collection[str]) -> Mapping[str, frozense
             continue
         read = frozenset().union(*(origins[n] for n in node.all_input_nodes))
         sign = frozenset().union(*(signs[n] for n in node.all_input_nodes))
-        if node.target in _STEPS or _is_boolean(node):
+        if node.target in _STEPS or is_boolean(node):
             unsafe = read - sign if _is_of_the_sign(node) else read
             if unsafe:
                 found[node.name] = unsafe
@@ -54,11 +53,6 @@ def jumps(backward: fx.Graph, decoded: Collection[str]) -> Mapping[str, frozense
             origins[node] = read
             signs[node] = sign if node.target in _KEEP_THE_SIGN else frozenset()
     return found
-
-
-def _is_boolean(node: fx.Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _is_of_the_sign(node: fx.Node) -> bool:

@@ -20,6 +20,7 @@ from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.pipeline import Work
 from fewbit_fx.passes.record import GraphRecord, SiteRecord
 from fewbit_fx.passes.sites import Site
+from fewbit_fx.passes.sites.value_site import READER_NAMES
 from fewbit_fx.torch_private.inductor import partition_only
 
 STRICT = FewBitConfig(recipe="derivatives", strict=True, min_numel=0)
@@ -76,8 +77,7 @@ def check_sums(record: GraphRecord) -> None:
 
 def derivatives_and_masks(sites: Iterable[SiteRecord]) -> list[str]:
     """The names of the functions of all sites but those of values."""
-    readers = {"linear input", "convolution input", "factor", "norm input", "softmax"}
-    return [site.function for site in sites if site.function not in readers]
+    return [site.function for site in sites if site.function not in READER_NAMES.values()]
 
 
 def targets(graph_module: Any) -> list[str]:

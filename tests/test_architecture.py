@@ -24,9 +24,8 @@ LAYERS: list[tuple[str, ...]] = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
-# A tool for the developers of this project reads Inductor's own code, and a rival in the benchmarks is a private
-# setting of torch: private API is what they are about.
-EXEMPT = {ROOT / "bench/offline_triton.py", ROOT / "bench/backends.py"}
+# A tool for the developers of this project reads Inductor's own code: private API is what it is about.
+EXEMPT = {ROOT / "bench/offline_triton.py"}
 
 
 def modules(*folders: str) -> list[Path]:

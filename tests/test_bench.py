@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fewbit_fx
-from bench import block, comparison, compile_time, demo, measure, operator, step
+from bench import block, comparison, compile_time, convergence, demo, measure, operator, step
 from bench.backends import BACKENDS, BUDGETED, FEWBIT, INDUCTOR, backend_of, saved_bytes_within_budget
 from bench.compile_time import Compilation
 from bench.language_models import LANGUAGE_MODELS, language_model
@@ -23,7 +23,7 @@ from bench.training import Batch, Runner
 from fewbit_fx import FewBitConfig
 from fewbit_fx.reporting.words import action
 
-COMMANDS = (demo, operator, block, step, compile_time)
+COMMANDS = (demo, operator, block, step, compile_time, convergence)
 MAINS = {command.__name__.removeprefix("bench."): command.main for command in COMMANDS}
 
 
@@ -338,6 +338,14 @@ def test_step_of_vit() -> None:
     (gelu,) = (site for site in report.sites if site.function == "gelu")
     assert (gelu.shape, action(gelu)) == ((2, step.IMAGE_TOKENS, 4 * 256), "coded in 3 bits")
     assert not [site for site in report.sites if site.function == "dropout"]
+
+
+def test_convergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convergence, "language_model", lambda name, lora: language_model(name, lora, layers=1))
+    data = run("convergence", "--model llama --recipes exact --seeds 1 --steps 2", tmp_path)
+    assert [(r["recipe"], r["seed"]) for r in data["runs"]] == [("inductor", 0), ("exact", 0)]
+    plain, exact = (r["validation_loss"] for r in data["runs"])
+    assert plain == pytest.approx(exact, rel=1e-3)
 
 
 def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

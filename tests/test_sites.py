@@ -120,7 +120,7 @@ def test_a_boolean_decides_the_whole_factor() -> None:
     gx = b.call(aten.where.self, mask, b.g, b.call(aten.full.default, [], 0.0))
     (site,) = b.sites(b.x, gx)
     assert isinstance(site, MaskSite)
-    assert site.mask is mask
+    assert site.node is mask
 
 
 def test_where_with_other_than_zero_is_not_linear() -> None:

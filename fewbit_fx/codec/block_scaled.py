@@ -104,9 +104,7 @@ def _decoded(saved: Sequence[Tensor], bits: int) -> Tensor:
     code = unpack(packed, bits)
     unit = scale.to(torch.float32).clamp_min(_LEAST_SCALE)
     values = (_of_nearest if bits >= _EVEN_BITS else _of_interval)(code, unit, _most(bits))
-    zero = torch.where(
-        unit == unit, 0.0, unit
-    )  # zeros stay zeros beside an infinity, not beside NaN, which has any code
+    zero = torch.where(unit == unit, 0.0, unit)  # beside an infinity zeros stay so; beside NaN, which has any code, not
     return torch.where(code == 0, zero, values)
 
 

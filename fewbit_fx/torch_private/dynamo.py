@@ -7,10 +7,10 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-from torch._dynamo import register_backend  # the registry behind torch.compile(backend="name")
+from torch._dynamo import lookup_backend, register_backend  # the registry behind torch.compile(backend="name")
 from torch._guards import CompileContext
 
-__all__ = ["compile_id", "compiled_callable", "register_backend"]
+__all__ = ["compile_id", "compiled_callable", "lookup_backend", "register_backend"]
 
 
 def compile_id() -> str:

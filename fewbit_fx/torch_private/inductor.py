@@ -14,6 +14,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn  # base class 
 
 __all__ = [
     "CustomPartitionerFn",
+    "activation_memory_budget",
     "cache_folder",
     "cheap_recomputation",
     "compile_with_inductor",
@@ -116,6 +117,12 @@ def cheap_recomputation(*, all_unmarked: bool) -> AbstractContextManager[None]:
     if all_unmarked:
         rules["ban_recompute_not_in_allowlist"] = False
     patched: AbstractContextManager[None] = torch._functorch.config.patch(rules)
+    return patched
+
+
+def activation_memory_budget(budget: float) -> AbstractContextManager[None]:
+    """Let torch's partitioner take this share of the activation memory that it takes by default."""
+    patched: AbstractContextManager[None] = torch._functorch.config.patch(activation_memory_budget=budget)
     return patched
 
 

@@ -67,7 +67,7 @@ class PackedMask(StoredInPlanes):
     @property
     def decode(self) -> Unpack:
         """Unpack it."""
-        return Unpack(self.layout, description(self.site.mask), self.value)
+        return Unpack(self.layout, description(self.site.node), self.value)
 
 
 def propose_packed_mask(site: Site, config: FewBitConfig) -> Decision | None:

@@ -25,11 +25,12 @@ from fewbit_fx.torch_private.sizes import statically_known_true
 from ..derivative import Derivative, NotEvaluableError
 from ..graph import (
     COPIES,
-    MOVEMENTS,
     aten,
     closure,
     constant_value,
     descendants,
+    is_boolean,
+    is_local,
     is_pointwise,
     prims,
     same_shape,
@@ -244,7 +245,7 @@ def _single_sources(factors: set[fx.Node]) -> Iterator[fx.Node]:
             return
         if len(front) == 1:
             (node,) = front
-            if _is_boolean(node) or _is_real(node):
+            if is_boolean(node) or _is_real(node):
                 yield node
         latest = max(front)
         if not is_pointwise(latest):
@@ -279,7 +280,7 @@ def _is_gate(region: _Region, backward: set[fx.Node]) -> bool:
 def _origin(entry: fx.Node, backward: set[fx.Node]) -> Origin:
     """Find where a gradient comes from. What is not pointwise, and does more than move elements, counts as a layer."""
     reached = closure([entry], lambda n: [i for i in n.all_input_nodes if i in backward])
-    if not all(n.op == "placeholder" or is_pointwise(n) or n.target in MOVEMENTS for n in reached):
+    if not all(n.op == "placeholder" or is_local(n) for n in reached):
         return Origin.LAYER
     sizes = [value_of(n).numel() for n in reached if n.op == "placeholder"]
     fewer = all(statically_known_true(size < value_of(entry).numel()) for size in sizes)
@@ -292,22 +293,17 @@ def _find_masks(
     """Masks, but not those of masks, nor those read only within derivative sites: they follow from their x."""
 
     def reads(user: fx.Node) -> bool:
-        return user.name in computed and user not in in_derivatives and not _is_boolean(user)
+        return user.name in computed and user not in in_derivatives and not is_boolean(user)
 
     return [
         node
         for node in graph.nodes
-        if _is_boolean(node)
+        if is_boolean(node)
         and not _is_constant(node)
         and node.op != "placeholder"
         and node not in backward
         and any(map(reads, node.users))
     ]
-
-
-def _is_boolean(node: fx.Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _is_real(node: fx.Node) -> bool:

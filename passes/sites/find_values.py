@@ -12,10 +12,10 @@ from fewbit_fx.torch_private.graphs import OpOverload
 from fewbit_fx.torch_private.sizes import hint
 
 from ..graph import (
-    MOVEMENTS,
     aten,
     by_name,
     descendants,
+    is_local,
     is_pointwise,
     output_values,
     placeholders,
@@ -95,7 +95,7 @@ def _is_statistic(node: fx.Node) -> bool:
             assert isinstance(reduced, fx.Node), "an operation on tensors"
             if _FEWER * _numel(node) <= max(map(_numel, reduced.all_input_nodes), default=0):
                 return True
-        elif is_pointwise(current) or current.target in MOVEMENTS:
+        elif is_local(current):
             front += current.all_input_nodes
     return False
 
@@ -103,11 +103,6 @@ def _is_statistic(node: fx.Node) -> bool:
 def _numel(node: fx.Node) -> int:
     value = value_of(node)
     return hint(value.numel()) if isinstance(value, Tensor) else 0
-
-
-def _leads_on(node: fx.Node) -> bool:
-    """Whether an operation computes each element from few others, so that what it reads is read for what it makes."""
-    return is_pointwise(node) or node.target in MOVEMENTS
 
 
 def _norm_inputs(graph: fx.Graph) -> set[str]:
@@ -119,7 +114,7 @@ def _norm_inputs(graph: fx.Graph) -> set[str]:
             has_root[user] for user in node.users if is_pointwise(user) or user.target is operator.getitem
         )
         is_input[node] = any(
-            (_packet(user) in _REDUCTIONS and _takes_a_root(user, has_root)) or (_leads_on(user) and is_input[user])
+            (_packet(user) in _REDUCTIONS and _takes_a_root(user, has_root)) or (is_local(user) and is_input[user])
             for user in node.users
         )
     return {node.name for node, found in is_input.items() if found}
@@ -134,8 +129,8 @@ def _readers(backward: fx.Graph, norm_inputs: set[str]) -> dict[str, Reader]:
     gradients = descendants(tangents(backward))
     found: dict[str, Reader] = {}
     for node in reversed(backward.nodes):
-        readers = [_reading(user) for user in node.users if user in gradients or not _leads_on(user)]
-        readers += [found[user.name] for user in node.users if user not in gradients and _leads_on(user)]
+        readers = [_reading(user) for user in node.users if user in gradients or not is_local(user)]
+        readers += [found[user.name] for user in node.users if user not in gradients and is_local(user)]
         readers += [Reader.SOFTMAX for user in node.users if _is_exponential_of_a_softmax(user)]
         readers += [Reader.NORM] if node.name in norm_inputs else []
         found[node.name] = max(readers, default=Reader.FACTOR)
@@ -155,12 +150,12 @@ def _read_by_losses(backward: fx.Graph) -> set[str]:
         incoming = [n for n in node.all_input_nodes if n in gradients]
         if node in gradients and node.op == "placeholder":
             spread[node] = _numel(node)
-        elif incoming and _leads_on(node) and all(n in spread for n in incoming):
+        elif incoming and is_local(node) and all(n in spread for n in incoming):
             spread[node] = max(spread[n] for n in incoming)
     for node in reversed(backward.nodes):
         for user in node.users:
             is_loss = user in spread and spread[user] < _numel(user)
-            if is_loss or (user not in gradients and user.name in found and _leads_on(user)):
+            if is_loss or (user not in gradients and user.name in found and is_local(user)):
                 found.add(node.name)
     return found
 
