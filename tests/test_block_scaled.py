@@ -74,6 +74,7 @@ def test_what_is_not_finite_stays_so(bits: int, value: float) -> None:
     assert not decoded[3, 5].isfinite()
     assert decoded[3, 5].sign().equal(x[3, 5].sign()) or value != value
     assert int((~decoded.isfinite()).sum()) <= 32, "its block alone"
+    assert decoded[3, 6] == 0
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -87,6 +88,21 @@ def test_masks_of_attention(bits: int, dtype: torch.dtype) -> None:
     decoded = round_trip(lowest, bits)
     assert torch.equal(decoded == 0, kept)
     assert (decoded[~kept] <= 0.5 * torch.finfo(dtype).min).all()
+    assert decoded.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_largest_element_leaves_its_interval(bits: int, dtype: torch.dtype) -> None:
+    """The scale's rounding moves it by up to 1 in 256; what is finite is decoded to what is finite."""
+    largest = torch.linspace(1, 2, 4097).to(dtype).unsqueeze(-1)
+    x = torch.cat([largest, -largest, largest.expand(-1, 30) * torch.rand(30).to(dtype)], -1)
+    decoded = round_trip(x, bits)
+    widest = {2: 0.6, 3: 0.22, 4: 0.1, 5: 0.05, 6: 0.025, 7: 0.008, 8: 0.006}[bits]
+    error = (decoded.double() - x.double()).abs() / largest.double()
+    assert (error <= widest + torch.finfo(dtype).eps / 2).all()
+    scaled = (x / 2).to(torch.float64) * torch.finfo(dtype).max
+    assert round_trip(scaled.to(dtype), bits).isfinite().all()
 
 
 @pytest.mark.parametrize("bits", BITS)

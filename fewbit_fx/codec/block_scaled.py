@@ -1,30 +1,29 @@
 """Encode and decode: a tensor's own values in a few bits, with one scale for each block of 32 elements.
 
 A block is 32 neighbours in memory: mostly features of one token, whose magnitudes are alike. Its scale s is their
-largest magnitude, in bfloat16: half a bit per element. With b bits, codes are whole numbers from -L to L, where
-L = 2^(b-1) - 1.
+largest magnitude m, in bfloat16: half a bit per element. Half of the codes stand for intervals of positive x, half for
+negative ones, and the last code for 0. x is decoded to the middle of its interval. From 7 bits on, intervals are
+equally wide, L = 2^(b-1) - 1 on either side of 0:
 
-From 7 bits on, levels are equally far apart, and x is stored as the nearest but for its sign, which is exact:
+    j = floor(L c x / s)                                    x ~ (j + 1/2) s / (L c)
 
-    j = round(L x / s), or sign(x) where that is 0          x ~ j s / L
+Up to 6 bits, they get wider towards the largest element, by u(w) = (1 - a) w + a w^2, whose inverse is w:
 
-Up to 6 bits, x falls into one of L intervals on either side of 0, and is decoded to its middle:
+    j = floor(L sign(x) w(c |x| / s))                       x ~ sign(x) u(|j + 1/2| / L) s / c
 
-    j = sign(x) * ceil(L w(c |x| / s))                      x ~ sign(j) u((|j| - 1/2) / L) s / c
+There is then one interval more on the negative side, which no code is left for otherwise. a = 0.4 and c = 0.985 are
+near the best of a grid at all of these bits, both for a normal block and for one with heavy tails (Student's t with 4
+degrees of freedom). c is below 1 for two reasons. It keeps the largest element, and the rounding of s, inside of the
+last interval. And it puts that element above the interval's middle, so that what is finite is decoded to what is
+finite: masks of attention have the lowest number of a dtype.
 
-where u(w) = (1 - a) w + a w^2 makes intervals wider towards the largest element, w is its inverse, and c < 1 keeps the
-largest element inside of the last interval. a = 0.4 and c = 0.94 were the best of a grid, both for a normal block and
-for one with heavy tails (Student's t with 4 degrees of freedom). There is one interval more on the negative side,
-which no code is left for otherwise.
-
-Zeros and signs are exact: whatever compares x with 0 in the backward decides as in the forward. A block of zeros
-decodes to zeros. In a block with an infinity, all is infinite but zeros: a mask of 0 and -inf is exact. In a block with
-NaN, all is NaN.
+Zeros and signs are exact: whatever compares x with 0 in the backward decides as in the forward. (A number 1e35 times
+smaller than its block's largest may lose its sign.) In a block with an infinity, all is infinite but zeros: a mask of 0
+and -inf is exact. In a block with NaN, all is NaN but zeros.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -36,9 +35,12 @@ from fewbit_fx.codec.packing import blocks_per_group, field_widths, pack, unpack
 SCALE_DTYPE = torch.bfloat16
 CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those whose range the scale has
 _EVEN_BITS = 7  # from which on levels are equally far apart: as good then, and cheaper
-_BEND, _REACH = 0.4, 0.94  # a and c of the module's text
+_BEND = 0.4  # a of the module's text
+_SHRINK = 1 - 2**-8  # s / m: the largest numbers of float32 are above those of bfloat16
+_BENT_REACH = 0.985 * _SHRINK  # c where intervals differ: what it is of m
+_EDGE = 0.25  # by how much less than L intervals the largest element is from 0 where they are equally wide
 _LEAST_SCALE = 1e-30  # blocks of smaller numbers are stored as if this were their scale: 1 / s stays finite
-_MOST_SCALE = torch.finfo(SCALE_DTYPE).max  # which some numbers of float32 are above
+_MOST_SCALE = torch.finfo(SCALE_DTYPE).max  # in place of an infinite scale where 1 / s is computed
 
 
 def encode_values(x: Tensor, bits: int, layout: PlaneLayout) -> list[Tensor]:
@@ -56,11 +58,10 @@ def encode_values(x: Tensor, bits: int, layout: PlaneLayout) -> list[Tensor]:
     saved = []
     for part in layout.split(x):
         wide = _in_blocks(part).to(torch.float32)
-        largest = wide.abs().amax(-1, keepdim=True)
-        scale = torch.where(largest == math.inf, largest, largest.clamp_max(_MOST_SCALE)).to(SCALE_DTYPE)
-        per_unit = 1 / scale.to(torch.float32).clamp(_LEAST_SCALE, _MOST_SCALE)
-        codes = (_nearest if bits >= _EVEN_BITS else _interval)(wide, per_unit, _most(bits))
-        saved += [*pack(codes, bits), scale]
+        scale = (wide.abs().amax(-1, keepdim=True) * _SHRINK).clamp_min(_LEAST_SCALE).to(SCALE_DTYPE)
+        divisor = scale.to(torch.float32).clamp_max(_MOST_SCALE)
+        intervals = _even_interval(wide, divisor, bits) if bits >= _EVEN_BITS else _bent_interval(wide, divisor, bits)
+        saved += [*pack(torch.where(wide == 0, _zero(bits), intervals), bits), scale]
     return saved
 
 
@@ -69,16 +70,16 @@ def _in_blocks(part: Tensor) -> Tensor:
     return part.reshape(*part.shape[:-2], part.shape[-1], part.shape[-2])
 
 
-def _nearest(blocks: Tensor, per_unit: Tensor, most: int) -> Tensor:
-    nearest = (blocks * (per_unit * most)).round().clamp(-most, most)
-    return torch.where(nearest == 0, torch.sign(blocks), nearest)
+def _even_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
+    last = _zero(bits) - 1
+    return (blocks * (_reach(bits) / scale)).clamp(-last - 1, last).floor()
 
 
-def _interval(blocks: Tensor, per_unit: Tensor, most: int) -> Tensor:
-    magnitude = (blocks * (per_unit * _REACH)).abs().clamp_max(1.0)
+def _bent_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
+    magnitude = (blocks * (_BENT_REACH / scale)).abs().clamp_max(1 - 2**-8)
     # w by the formula for roots that loses no digits to cancellation.
     share = 2 * magnitude / (1 - _BEND + ((1 - _BEND) ** 2 + 4 * _BEND * magnitude).sqrt())
-    return torch.where(blocks < 0, (share * -(most + 1)).floor(), (share * most).ceil())
+    return (share * torch.where(blocks < 0, -_zero(bits) - 1.0, _zero(bits))).floor()
 
 
 def decode_values(saved: Sequence[Tensor], bits: int, layout: PlaneLayout, like: Tensor) -> Tensor:
@@ -102,20 +103,18 @@ def _decoded(saved: Sequence[Tensor], bits: int) -> Tensor:
     """One part, in blocks, float32."""
     *packed, scale = saved
     code = unpack(packed, bits)
-    unit = scale.to(torch.float32).clamp_min(_LEAST_SCALE)
-    values = (_of_nearest if bits >= _EVEN_BITS else _of_interval)(code, unit, _most(bits))
-    zero = torch.where(unit == unit, 0.0, unit)  # beside an infinity zeros stay so; beside NaN, which has any code, not
-    return torch.where(code == 0, zero, values)
+    unit = scale.to(torch.float32)
+    values = _of_even(code, unit, bits) if bits >= _EVEN_BITS else _of_bent(code, unit, bits)
+    return torch.where(code == _zero(bits), 0.0, values)
 
 
-def _of_nearest(code: Tensor, unit: Tensor, most: int) -> Tensor:
-    return code * (unit * (1 / most))
+def _of_even(code: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return (code + 0.5) * (scale * (1 / _reach(bits)))
 
 
-def _of_interval(code: Tensor, unit: Tensor, most: int) -> Tensor:
-    middle = code - 0.5 * torch.sign(code)
-    share = middle * torch.where(code < 0, 1 / (most + 1), 1 / most)
-    return (1 - _BEND + _BEND * share.abs()) * share * (unit * (1 / _REACH))
+def _of_bent(code: Tensor, scale: Tensor, bits: int) -> Tensor:
+    share = (code + 0.5) * torch.where(code < 0, 1 / (_zero(bits) + 1), 1 / _zero(bits))
+    return ((1 - _BEND) / _BENT_REACH + _BEND / _BENT_REACH * share.abs()) * share * scale  # s / c might be infinite
 
 
 def block_layout(x: Tensor, bits: int) -> PlaneLayout:
@@ -131,9 +130,14 @@ def saved_per_part(bits: int, device: torch.device) -> int:
     return len(field_widths(bits, device)) + 1
 
 
-def _most(bits: int) -> int:
-    """L of the module's text."""
-    return (1 << (bits - 1)) - 1
+def _zero(bits: int) -> float:
+    """The code of 0, which is also L of the module's text."""
+    return 2.0 ** (bits - 1) - 1
+
+
+def _reach(bits: int) -> float:
+    """L c where intervals are equally wide: how many of them are as wide as s."""
+    return (_zero(bits) - _EDGE) * _SHRINK
 
 
 def scale_nbytes(x: Tensor, layout: PlaneLayout) -> int:

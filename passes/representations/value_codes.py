@@ -26,7 +26,7 @@ from .representation import Decision, Decode, Encode, Exact
 from .stored_in_planes import StoredInPlanes, decoded_alone
 
 # Root mean square of the error over that of the values, for a normal distribution; by bits.
-NORMAL_ERROR = {2: 0.52, 3: 0.202, 4: 0.089, 5: 0.0431, 6: 0.021, 7: 0.0113, 8: 0.0055}
+NORMAL_ERROR = {2: 0.51, 3: 0.202, 4: 0.0912, 5: 0.0429, 6: 0.0204, 7: 0.011, 8: 0.0055}
 _OPTIONS = {Reader.NORM: "norm_bits", Reader.SOFTMAX: "softmax_bits"}
 
 
