@@ -22,7 +22,7 @@ import torch
 from rich.table import Table
 
 import fewbit_fx
-from bench.command import Command, add_bits, count_flag, parser_of
+from bench.command import Command, add_bits, add_recipe, count_flag, parser_of
 from bench.gpt import GPT, GPTConfig
 from bench.measure import in_fresh_process, warm_up_the_compiler
 from bench.timing import clock_for
@@ -40,13 +40,15 @@ class Settings:
         width: Of the model, a multiple of its 4 heads.
         context: Tokens in a sequence.
         batch: Sequences in a batch.
-        bits: Bits per coded element.
+        recipe: Of fewbit.
+        bits: Bits per coded derivative.
         device: cpu or cuda.
     """
 
     width: int
     context: int
     batch: int
+    recipe: str
     bits: int
     device: str
 
@@ -119,7 +121,7 @@ def compile_in_this_process(settings: Settings, backend: str, layers: int) -> Co
     device = torch.device(settings.device)
     model = GPT(GPTConfig(layers=layers, width=settings.width, context=settings.context)).to(device)
     tokens = torch.randint(GPTConfig.vocabulary, (settings.batch, settings.context), device=device)
-    coder = fewbit_fx.backend(bits=settings.bits, strict=True)
+    coder = fewbit_fx.backend(recipe=settings.recipe, bits=settings.bits, strict=True)
     warm_up_the_compiler(device)
     compiled = torch.compile(model, backend=coder if backend == "fewbit" else backend, dynamic=False)
     # One call of the clock, without compare: a model is cold once in a process, so turns are processes (_turns).
@@ -179,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     flags = parser.parse_args(arguments)
     try:
-        settings = Settings(flags.width, flags.context, flags.batch, flags.bits, flags.device.type)
+        settings = Settings(flags.width, flags.context, flags.batch, flags.recipe, flags.bits, flags.device.type)
     except ValueError as error:
         parser.error(str(error))
     if flags.measure_compilation:
@@ -216,6 +218,7 @@ def _turns(repeats: int | None, layers: Sequence[int]) -> list[tuple[int, str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of("compile_time", __doc__)
+    add_recipe(parser)
     add_bits(parser)
     add = parser.add_argument
     add(

@@ -1,11 +1,12 @@
-"""The Triton kernels of an H100 for MLP and transformer blocks, made on a machine without a GPU.
+"""The Triton kernels of an H100 for parts of models, made on a machine without a GPU.
 
 python -m bench.kernels --bits 3 --recipes default lean
 
 A row of bits is of codes of derivatives on torch.compile's own cut, a row of a recipe of all that the recipe does.
 
 Inductor generates them and Triton compiles them for sm_90, in each configuration that Inductor would try on
-the GPU, where it takes the fastest. Counted are kernels, loads and stores, registers and spills. Needs triton.
+the GPU, where it takes the fastest. Counted are kernels, loads and stores, registers and spills, and the bytes that all
+operations read and write. Needs triton.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from functools import partial
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import fewbit_fx
 from bench.command import DTYPES, Command, bits_flag, parser_of
+from bench.comparison import mebibytes
 from bench.llama import LlamaConfig, SwiGLU
 from bench.offline_triton import Generated, Kernel, compile_for_sm90, generate
-from bench.transformer import MLP, Block, BlockConfig, plain_attention
+from bench.transformer import MLP, Attention, Block, BlockConfig, plain_attention
 from fewbit_fx.config import RECIPES
 
 ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU}
 EXACT = fewbit_fx.FewBitConfig(recipe="exact", recompute=False, masks=False, strict=True)
-WIDTH, TOKENS = 256, 2048
+WIDTH, TOKENS, CHANNELS = 256, 2048, 64
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Pass:
         registers: Of a thread, the most of any kernel in any configuration.
         spilled_bytes: Of a thread, likewise.
         spilled_at_best_bytes: The same with each kernel in the configuration that spills least.
+        moved_bytes: Read and written by all operations, matrix products and convolutions included.
     """
 
     kernels: int
@@ -49,9 +52,10 @@ class Pass:
     registers: int
     spilled_bytes: int
     spilled_at_best_bytes: int
+    moved_bytes: int
 
     @classmethod
-    def of(cls, kernels: Sequence[Kernel]) -> Pass:
+    def of(cls, kernels: Sequence[Kernel], moved_bytes: int) -> Pass:
         """Compile and count."""
         found = [compile_for_sm90(kernel) for kernel in kernels]
         return cls(
@@ -61,6 +65,7 @@ class Pass:
             max(r.registers for configurations in found for r in configurations),
             max(r.spilled for configurations in found for r in configurations),
             max(min(r.spilled for r in configurations) for configurations in found),
+            moved_bytes,
         )
 
 
@@ -111,16 +116,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for i, case in enumerate(cases):
             show(f"{case.block} {case.dtype} {case.title}", i)
             generated = _generated(case)
-            passes = {"forward": Pass.of(generated.forward), "backward": Pass.of(generated.backward)}
-            rows.append(Row(**asdict(case), **passes))
+            moved, moved_back = generated.moved_bytes
+            passes = Pass.of(generated.forward, moved), Pass.of(generated.backward, moved_back)
+            rows.append(Row(**asdict(case), forward=passes[0], backward=passes[1]))
     command.finish(_table(rows), {"rows": [asdict(row) for row in rows]})
+
+
+class Residual(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class Convolutions(nn.Sequential):
+    """Two convolutions with a batch norm and ReLU between them."""
+
+    def __init__(self) -> None:
+        super().__init__(_convolution(), nn.BatchNorm2d(CHANNELS, track_running_stats=False), nn.ReLU(), _convolution())
+
+
+def _convolution() -> nn.Module:
+    return nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     **{f"mlp, {name}": partial(MLP, BlockConfig(WIDTH, activation=act)) for name, act in ACTIVATIONS.items()},
     "gated mlp": partial(SwiGLU, WIDTH, LlamaConfig.inner_width),
+    "norm": lambda: nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)),
+    "attention": lambda: Residual(Attention(BlockConfig(WIDTH, attention=plain_attention))),
+    "convolution": Convolutions,
     "transformer": partial(Block, BlockConfig(WIDTH, attention=plain_attention)),
 }
+SHAPES = {
+    "attention": (TOKENS // 256, 256, WIDTH),
+    "transformer": (TOKENS // 256, 256, WIDTH),
+    "convolution": (8, CHANNELS, 32, 32),
+}
+"""Of the inputs; of all others (TOKENS, WIDTH)."""
 
 
 def _cases(flags: argparse.Namespace) -> Iterator[Case]:
@@ -132,7 +169,7 @@ def _cases(flags: argparse.Namespace) -> Iterator[Case]:
 
 
 def _generated(case: Case) -> Generated:
-    shape = (TOKENS // 256, 256, WIDTH) if case.block == "transformer" else (TOKENS, WIDTH)
+    shape = SHAPES.get(case.block, (TOKENS, WIDTH))
     return generate(BLOCKS[case.block](), shape, getattr(torch, case.dtype), case.config)
 
 
@@ -140,13 +177,14 @@ def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="kernels for sm_90: forward + backward")
     for heading in ("block", "dtype", "compiled with"):
         table.add_column(heading)
-    for heading in ("kernels", "loads", "stores", "most registers", "spilled bytes", "at best"):
+    for heading in ("kernels", "loads", "stores", "most registers", "spilled bytes", "at best", "moved"):
         table.add_column(heading, justify="right")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         passes = (asdict(p).values() for p in (row.forward, row.backward))
-        counts = [f"{forward} + {backward}" for forward, backward in zip(*passes, strict=True)]
+        *counts, _ = (f"{forward} + {backward}" for forward, backward in zip(*passes, strict=True))
+        moved = f"{mebibytes(row.forward.moved_bytes)} + {mebibytes(row.backward.moved_bytes)}"
         last = following is not None and following.config == EXACT
-        table.add_row(row.block, row.dtype, row.title, *counts, end_section=last)
+        table.add_row(row.block, row.dtype, row.title, *counts, moved, end_section=last)
     return table
 
 

@@ -68,10 +68,18 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Generated:
-    """The kernels of both graphs, and what fewbit did."""
+    """The kernels of both graphs, and what fewbit did.
+
+    Attributes:
+        forward, backward: The kernels.
+        moved_bytes: By Inductor's own count, what all operations of the forward and of the backward read and write,
+            matrix products and convolutions included.
+        record: The record of the graph.
+    """
 
     forward: list[Kernel]
     backward: list[Kernel]
+    moved_bytes: tuple[int, int]
     record: GraphRecord
 
     @property
@@ -100,8 +108,8 @@ def generate(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, confi
     with fake, lanes, planes:
         partitioner = FewBitPartitioner(config, records.append)
         pair = partitioner(joint, _inputs(joint), num_fwd_outputs=1, static_lifetime_input_indices=static)
-    forward, backward = (_kernels(_code(_on_cuda(gm, fake), fake)) for gm in pair)
-    return Generated(forward, backward, records[0])
+    (forward, moved), (backward, moved_back) = (_code(_on_cuda(gm, fake), fake) for gm in pair)
+    return Generated(_kernels(forward), _kernels(backward), (moved, moved_back), records[0])
 
 
 def _inputs(gm: fx.GraphModule) -> list[Any]:
@@ -123,14 +131,16 @@ def _on_cuda(gm: fx.GraphModule, fake: FakeTensorMode) -> fx.GraphModule:
     return gm
 
 
-def _code(gm: fx.GraphModule, fake: FakeTensorMode) -> str:
+def _code(gm: fx.GraphModule, fake: FakeTensorMode) -> tuple[str, int]:
+    """The code of a graph, and the bytes that it moves."""
     with pretend_cuda(), V.set_fake_mode(fake):
         post_grad_passes(gm, is_inference=False)
         graph = GraphLowering(gm, example_inputs=_inputs(gm), is_inference=False)
         with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
             graph.run(*_inputs(gm))
             code, _ = graph.codegen()
-    return getattr(code, "value", code)
+            moved_bytes, *_ = graph.count_bytes()
+    return getattr(code, "value", code), int(moved_bytes)
 
 
 def _kernels(code: str) -> list[Kernel]:

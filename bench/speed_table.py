@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench.backends import BUDGETED, FEWBIT, TITLES
 from bench.command import DTYPES, MiB
@@ -87,16 +88,20 @@ def _steps(file: File) -> Iterator[Ratio]:
     settings, timings = file.data["settings"], file.data["results"]["timings"]
     if timings:
         size = f"{settings['layers']} layers, {settings['batch']} x {settings['sequence']}{', LoRA' * settings['lora']}"
-        recipe = f", recipe {settings['recipe']}" if "recipe" in settings else ""
-        thing = f"training step of {_name(settings['model'])}, {size}{recipe}"
+        thing = f"training step of {_name(settings['model'])}, {size}{_recipe(settings)}"
         budget = f"{timings[BUDGETED]['ratio']:.2f} with {TITLES[BUDGETED]}" if BUDGETED in timings else ""
         yield Ratio(thing, settings["dtype"], timings[FEWBIT]["ratio"], file, budget)
 
 
 def _compilations(file: File) -> Iterator[Ratio]:
+    recipe = _recipe(file.data["settings"])
     for row in file.data["rows"]:
         passes = f"{row['pass_s']:.1f} s of it in fewbit's passes"
-        yield Ratio(f"cold compilation, {row['layers']} layers", "float32", row["ratio"], file, passes)
+        yield Ratio(f"cold compilation, {row['layers']} layers{recipe}", "float32", row["ratio"], file, passes)
+
+
+def _recipe(settings: Mapping[str, Any]) -> str:
+    return f", recipe {settings['recipe']}" if "recipe" in settings else ""
 
 
 def _has_default_bits(file: File) -> bool:

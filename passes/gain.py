@@ -71,6 +71,13 @@ class Gain:
             elif sum(self._bytes[i] / sharers[i] for i in freed[site]) <= cost[site]:
                 yield site, NOT_SMALLER
 
+    def saved_bytes(self, coded: Iterable[Site]) -> int:
+        """Bytes of the saved tensors that are left where these sites are coded, without their codes."""
+        coded = list(coded)
+        left = self._reached(coded) - {site.replaced.name for site in coded}
+        kept = {self._storage_of[name] for name in left if name in self._storage_of}
+        return sum(self._bytes[i] for i in kept)
+
     def is_read(self, site: Site) -> bool:
         """Whether the backward has all the nodes that a rewrite of the site touches."""
         nodes = (*site.coded_inputs, site.replaced, *site.exact_inputs)

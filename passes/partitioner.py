@@ -102,8 +102,8 @@ class FewBitPartitioner(CustomPartitionerFn):
             cuts: Each with its joint graph as the cut left it: without duplicates, with the names of the cut's graphs.
             plain: torch.compile's own cut.
         """
-        results = [run_passes(Work(joint, cut, cut, self._config, self._proposals)) for cut, joint in cuts.items()]
-        work, seconds = min(results, key=lambda result: result[0].chosen.saved_bytes())
+        works = [Work(joint, cut, cut, self._config, self._proposals) for cut, joint in cuts.items()]
+        work, seconds = run_passes(works)
         if work.faults:
             several = len(work.faults) > 1
             _warn_of(f"{len(work.faults)} sites of a graph" if several else "one site of a graph", work.faults[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import fx
@@ -56,6 +56,15 @@ class Work:
     def coded(self) -> dict[Site, int]:
         """The sites that the plan stores otherwise, with the bytes that this takes."""
         return {site: decision.nbytes for site, decision in self.plan.items() if not isinstance(decision, Exact)}
+
+    def predicted_bytes(self) -> int:
+        """Bytes that will be saved at the end; sites of one value and encode share their codes."""
+        codes = {
+            (site.stored, decision.encode): decision.nbytes
+            for site, decision in self.plan.items()
+            if not isinstance(decision, Exact)
+        }
+        return min(Gain(self.plain).saved_bytes(self.coded) + sum(codes.values()), self.plain.saved_bytes())
 
     def with_exact(self, reasons: Mapping[Site, Reason]) -> Work:
         """The same with some sites left exact."""
@@ -164,30 +173,50 @@ def _all_sites_exact(work: Work) -> Work:
     return replace(work, plan=dict.fromkeys(work.sites, Exact(Reason.of(Cause.DISABLED, name="represent"))))
 
 
-PASSES = (
+PLANNING = (
     Pass("find", find),
     Pass("represent", represent, instead=_all_sites_exact),
     Pass("gain", drop_useless, instead=drop_unread),
     Pass("protect", keep_decisions),
+)
+"""They change no graph."""
+
+CARRYING_OUT = (
     Pass("rewrite", put_in, instead=_left_out("rewrite")),
     Pass("compare", keep_the_smaller),
 )
+PASSES = (*PLANNING, *CARRYING_OUT)
 
 
-def run_passes(work: Work) -> tuple[Work, dict[str, float]]:
-    """Run all passes but those that the option ``disable`` names.
+def run_passes(works: Iterable[Work]) -> tuple[Work, dict[str, float]]:
+    """Run all passes but those that the option ``disable`` names on the cuts of one graph.
+
+    Rewriting takes the most time, so that it is left out for a cut of which more bytes are predicted than another's
+    rewritten partition saves.
 
     Returns:
-        What is known at the end, and the seconds that each pass took, by name.
+        What is known at the end of the cut that saves the fewest bytes, and the seconds that each pass took, by name.
     """
-    seconds = {}
-    for step in PASSES:
+    seconds = dict.fromkeys((step.name for step in PASSES), 0.0)
+    planned = [_run(PLANNING, work, seconds) for work in works]
+    best: Work | None = None
+    for predicted, work in sorted(((work.predicted_bytes(), work) for work in planned), key=lambda pair: pair[0]):
+        if best is None or predicted < best.chosen.saved_bytes():
+            done = _run(CARRYING_OUT, work, seconds)
+            best = done if best is None else min(best, done, key=lambda w: w.chosen.saved_bytes())
+    assert best is not None, "a graph has a cut"
+    return best, seconds
+
+
+def _run(steps: Iterable[Pass], work: Work, seconds: dict[str, float]) -> Work:
+    """Run some passes, and add up the time of each."""
+    for step in steps:
         disabled = step.name in work.config.disable
         started = time.perf_counter()
         with timed(f"fewbit_fx.{step.name}"):
             work = (step.instead if disabled else step.run)(work)
-        seconds[step.name] = time.perf_counter() - started
-    return work, seconds
+        seconds[step.name] += time.perf_counter() - started
+    return work
 
 
 def require_pass_names(names: Collection[str]) -> None:

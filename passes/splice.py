@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fewbit_fx.torch_private.graphs import inductor_decompositions, make_graph_module
+from fewbit_fx.torch_private.modes import mode_of
 
 from .graph import output_values, placeholders, value_of
 
@@ -60,7 +61,7 @@ def splice(
     like: fx.Node,
     names: Sequence[str | None] = (None,),
 ) -> list[fx.Node]:
-    """Insert a trace into a graph, with values of its own.
+    """Insert a trace into a graph, with storages of their own for its outputs.
 
     Args:
         traced: The result of :func:`trace` on inputs of the same description.
@@ -80,7 +81,13 @@ def splice(
                 args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: environment[n])
                 name = wanted.get(node) or node.name
                 new = graph.create_node(node.op, node.target, args, kwargs, name)
-                values, named_values = fx.map_arg((args, kwargs), value_of)
-                new.meta = {**provenance, "val": node.target(*values, **named_values)}
+                value = value_of(node)
+                new.meta = {**provenance, "val": _with_own_storage(value) if node in wanted else value}
                 environment[node] = new
     return [environment[n] for n in results]
+
+
+def _with_own_storage(value: Tensor) -> Tensor:
+    """What else splices share; the graph's inner values need it not, for Inductor computes them anew."""
+    with mode_of(value):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

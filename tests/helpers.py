@@ -56,6 +56,8 @@ def watch(function: Callable[..., Any], *args: Any, config: FewBitConfig = STRIC
     given: list[Any] = []
 
     def observe(work: Work) -> None:
+        if not {"rewrite", "compare"} & set(config.disable):
+            assert work.predicted_bytes() == work.chosen.saved_bytes()
         seen.append((list(work.sites), work.plain.copy(), work.chosen))
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
