@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import gc
 import itertools
 import json
 import os
@@ -35,6 +36,7 @@ def held_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         held = torch.cuda.memory_allocated(device) - before
     else:
+        gc.collect()  # or garbage that is freed meanwhile counts
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             result = forward()
         held = sum(event.self_cpu_memory_usage for event in profiled.key_averages())
