@@ -7,7 +7,7 @@ Needs transformers; the diffusion models need diffusers, the LoRA ones peft.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,28 @@ BATCH, TOKENS = 2, 256
 
 @dataclass(frozen=True)
 class Example:
-    """A model, what it is called with, and how its loss follows from what it returns."""
+    """A model, what it is called with, and how its loss follows from what it returns.
+
+    Attributes:
+        model: The model.
+        inputs: Its keyword arguments.
+        loss: Of what it returns.
+        float32: A part of the names of the parameters that are float32 whatever the others are.
+    """
 
     model: nn.Module
     inputs: Mapping[str, Tensor]
     loss: Callable[[Any], Tensor] = lambda result: result.loss
+    float32: str | None = None
+
+    def of(self, dtype: torch.dtype) -> Example:
+        """The same with floating-point parameters and inputs of a dtype, to be trained."""
+        model = self.model.to(dtype).train()
+        for name, parameter in model.named_parameters():
+            if self.float32 and self.float32 in name:
+                parameter.data = parameter.data.float()
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in self.inputs.items()}
+        return replace(self, model=model, inputs=inputs)
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,11 @@ def architectures() -> list[Architecture]:
     return [
         *(Architecture(name, "transformer", build) for name, build in _TRANSFORMERS.items()),
         *(Architecture(name, "other", build) for name, build in _OTHERS.items()),
-        *(Architecture(f"Llama-3, LoRA on {name}", "lora", _lora_llama(where)) for name, where in lora.items()),
+        *(
+            Architecture(f"Llama-3, LoRA on {name}{suffix}", "lora", _lora_llama(where, float32))
+            for name, where in lora.items()
+            for suffix, float32 in (("", None), (", float32 adapters", "lora_"))
+        ),
     ]
 
 
@@ -184,13 +205,13 @@ def _convnext() -> Example:
     return _image(hf.ConvNextForImageClassification(config), 128)
 
 
-def _lora_llama(where: list[str]) -> Callable[[], Example]:
+def _lora_llama(where: list[str], float32: str | None) -> Callable[[], Example]:
     def build() -> Example:
         from peft import LoraConfig, get_peft_model
 
         example = _llama()
         adapters = LoraConfig(r=8, target_modules=where, lora_dropout=0.0)
-        return Example(get_peft_model(example.model, adapters), example.inputs)
+        return replace(example, model=get_peft_model(example.model, adapters), float32=float32)
 
     return build
 

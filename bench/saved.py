@@ -93,19 +93,17 @@ class _Run:
 def _run(architecture: Architecture, dtype: torch.dtype, config: fewbit_fx.FewBitConfig) -> _Run:
     torch.compiler.reset()
     torch.manual_seed(SEED)
-    example = architecture.build()
-    model = example.model.to(dtype).train()
-    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in example.inputs.items()}
+    example = architecture.build().of(dtype)
     records: list[GraphRecord] = []
 
     def backend(gm: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
         return partition_only(gm, given, FewBitPartitioner(config, records.append))
 
     torch.manual_seed(SEED + 1)
-    loss = torch.compile(lambda **inputs: example.loss(model(**inputs)), backend=backend)(**inputs)
+    loss = torch.compile(lambda **inputs: example.loss(example.model(**inputs)), backend=backend)(**example.inputs)
     loss.backward()
     plain, saved = (sum(getattr(record, name) for record in records) for name in ("plain_bytes", "fewbit_bytes"))
-    return _Run(plain, saved, flat_gradient(model), loss.detach())
+    return _Run(plain, saved, flat_gradient(example.model), loss.detach())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

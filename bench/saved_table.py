@@ -15,6 +15,7 @@ SHOWN = (
     "ViT",
     "Llama-3, LoRA on attention",
     "Llama-3, LoRA on all linear layers",
+    "Llama-3, LoRA on all linear layers, float32 adapters",
     "ResNet-50",
 )
 _RECIPES = ("exact", "default", "lean")

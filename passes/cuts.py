@@ -16,6 +16,7 @@ from .graph import aten, is_local, prims, value_of
 from .partition import Partition
 
 _LOOKUP = prims.inductor_lookup_seed.default  # tagged as if it drew numbers
+_MARK = "fewbit_marked"  # key of a node's metadata while a graph is cut
 _GATHERING = frozenset({aten.index.Tensor, aten.gather.default, aten.embedding.default})
 
 
@@ -44,17 +45,41 @@ def leaner_cut(
     """
     marked = not has_a_budget()  # what that chooses among the marked, it may save whole: a tuple is no tensor
     if marked:
-        _keep_what_is_not_cheap(gm.graph)
+        _mark(gm.graph)
     with cheap_recomputation(all_unmarked=marked):
         partition = own_cut(gm, joint_inputs, alive, **kwargs)
+    for graph in (gm.graph, partition.forward.graph, partition.backward.graph):
+        _unmark(graph)
     return None if any(map(_draws_numbers, partition.backward.graph.nodes)) else partition
 
 
-def _keep_what_is_not_cheap(graph: fx.Graph) -> None:
+def _mark(graph: fx.Graph) -> None:
     """Mark as checkpoint policies do, but for what a policy of the user's has marked."""
     for node in graph.nodes:
-        if node.op == "call_function" and not _is_cheap(node) and not node.meta.get("recompute"):
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        policy = None if node.op != "call_function" or node.meta.get("recompute") else _policy(node)
+        if policy:
+            node.meta |= {"recompute": policy, _MARK: True}
+
+
+def _unmark(graph: fx.Graph) -> None:
+    """Else the passes would take it for the user's."""
+    for node in graph.nodes:
+        if node.meta.pop(_MARK, False):
+            del node.meta["recompute"]
+
+
+def _policy(node: fx.Node) -> CheckpointPolicy | None:
+    """A wider copy is never saved: torch's rules would have it so where the narrow one is read before it, elsewhere."""
+    if not _is_cheap(node):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE if _is_wider_copy(node) else None
+
+
+def _is_wider_copy(node: fx.Node) -> bool:
+    if node.target is not prims.convert_element_type.default:
+        return False
+    copy, (source, *_) = value_of(node), node.all_input_nodes
+    return bool(copy.dtype.itemsize > value_of(source).dtype.itemsize)
 
 
 def _is_cheap(node: fx.Node) -> bool:

@@ -50,6 +50,40 @@ def test_fewer_bytes_and_the_same_gradients(name: str) -> None:
     check_sums(leaner.record)
 
 
+class AdaptedMLP(nn.Module):
+    """Frozen bfloat16 layers with float32 adapters, as PEFT makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.to(torch.bfloat16).requires_grad_(False)
+        self.a_up, self.b_up = nn.Linear(32, 4, bias=False), nn.Linear(4, 64, bias=False)
+        self.a_down, self.b_down = nn.Linear(64, 4, bias=False), nn.Linear(4, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        y = F.silu(self.up(x) + self.b_up(self.a_up(x.float())))
+        y = y.to(torch.bfloat16)
+        return self.down(y) + self.b_down(self.a_down(y.float()))
+
+
+def test_a_wider_copy_is_not_saved() -> None:
+    """The adapters read float32 copies of what the frozen layers read before them."""
+    model, x = AdaptedMLP(), torch.randn(64, 32, dtype=torch.bfloat16)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own, leaner = (watch(model, x, config=config) for config in (OWN, LEANER))
+    copies = [n for n in own.chosen.saved() if str(n.target) == "prims.convert_element_type.default"]
+    wide = [n for n in copies if n.meta["val"].dtype == torch.float32 and n.meta["val"].shape[-1] in (32, 64)]
+    assert len(wide) == 2, "torch.compile saves both"
+    assert not {n.name for n in wide} & {n.name for n in leaner.chosen.saved()}
+    assert leaner.record.fewbit_bytes < leaner.record.plain_bytes - 64 * 64 * 4
+    expected, found = (torch.autograd.grad(seen.output.square().sum(), trained) for seen in (own, leaner))
+    assert all(map(torch.equal, found, expected))
+    marks = {n.meta.get("recompute") for gm in (leaner.chosen.forward, leaner.chosen.backward) for n in gm.graph.nodes}
+    assert marks == {None}, "a mark of ours would count as the user's"
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_only_cheap_operations_are_computed_again(name: str) -> None:
     model, shape = MODELS[name]
