@@ -20,6 +20,7 @@ from .provenance import module_path, source_line
 from .reasons import Reason
 from .representations import Decision, Exact
 from .sites import Site, Unreadable
+from .splice import description
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,13 @@ def graph_record(plain: Partition, work: Work, seconds: Mapping[str, float]) -> 
     reported = [site for site, done in work.plan.items() if not _is_gone(site, done)]
     exact = [site for site in reported if site not in coded]
     whose = attribute(plain, work.plain, work.chosen, coded, [*exact, *work.unreadable])
-    sites = [_site_record(site, work.sites[site], work.plan[site], whose.shares[site], min_numel) for site in reported]
+    told = {(work.plan[site], description(site.stored)) for site in exact if not site.is_last_resort}
+    sites = [
+        _site_record(site, work.sites[site], work.plan[site], whose.shares[site], min_numel)
+        for site in reported
+        if not (site.is_last_resort and whose.shares[site] == Share(0, 0))  # its bytes are in another row
+        or (work.plan[site], description(site.stored)) not in told
+    ]
     sites += [_unreadable_record(region, whose.shares[region], min_numel) for region in work.unreadable]
     return GraphRecord(
         compile_id(),
