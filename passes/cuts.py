@@ -1,8 +1,8 @@
-"""The cuts of a joint graph: torch.compile's own, and a leaner one that computes cheap operations again."""
+"""The cuts of a joint graph: torch.compile's own, and leaner ones that compute cheap operations again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fewbit_fx.torch_private.graphs import OpOverload
 from fewbit_fx.torch_private.inductor import cheap_recomputation, has_a_budget, min_cut_rematerialization_partition
+from fewbit_fx.torch_private.sizes import storage_nbytes
 
 from .graph import aten, is_local, prims, value_of
 from .partition import Partition
+from .splice import copy_module
 
 _LOOKUP = prims.inductor_lookup_seed.default  # tagged as if it drew numbers
 _MARK = "fewbit_marked"  # key of a node's metadata while a graph is cut
@@ -33,32 +35,50 @@ def own_cut(gm: fx.GraphModule, joint_inputs: Sequence[object], alive: tuple[int
     return Partition(forward, backward, kwargs["num_fwd_outputs"], alive)
 
 
-def leaner_cut(
+def leaner_cuts(
     gm: fx.GraphModule, joint_inputs: Sequence[object], alive: tuple[int, ...], **kwargs: Any
-) -> Partition | None:
+) -> Iterator[tuple[Partition, fx.Graph]]:
     """Cut a joint graph with torch's own algorithm, which may compute every cheap operation again.
 
     Cheap is what computes each element from few others: pointwise operations, views and copies. Matrix products,
     convolutions, attention, reductions, random numbers and what is not known are kept: a mask of dropout then takes
-    a bit. None if the backward would draw random numbers anew all the same. The arguments are those of
-    :func:`own_cut`.
+    a bit. The arguments are those of :func:`own_cut`.
+
+    Yields:
+        Each cut with its joint graph, but for one whose backward would draw random numbers anew all the same. There
+        are two where wider copies are of views: a view keeps its whole storage, which pays where others keep it too.
     """
-    marked = not has_a_budget()  # what that chooses among the marked, it may save whole: a tuple is no tensor
-    if marked:
-        _mark(gm.graph)
-    with cheap_recomputation(all_unmarked=marked):
-        partition = own_cut(gm, joint_inputs, alive, **kwargs)
-    for graph in (gm.graph, partition.forward.graph, partition.backward.graph):
-        _unmark(graph)
-    return None if any(map(_draws_numbers, partition.backward.graph.nodes)) else partition
+    if has_a_budget():  # what that chooses among the marked, it may save whole: a tuple is no tensor
+        choices: Sequence[Callable[[fx.Node], bool]] = [lambda _: False]
+    else:
+        wider = [n for n in gm.graph.nodes if _is_wider_copy(n)]
+        of_large = any(storage_nbytes(n) <= storage_nbytes(n.all_input_nodes[0]) for n in wider)
+        choices = [_is_wider_copy, _has_more_than_its_source][: 1 + of_large]
+    for again in choices:
+        copied = copy_module(gm)
+        if not has_a_budget():
+            _mark(copied.graph, again)
+        with cheap_recomputation(all_unmarked=not has_a_budget()):
+            partition = own_cut(copied, joint_inputs, alive, **kwargs)
+        for graph in (copied.graph, partition.forward.graph, partition.backward.graph):
+            _unmark(graph)
+        if not any(map(_draws_numbers, partition.backward.graph.nodes)):
+            yield partition, copied.graph
 
 
-def _mark(graph: fx.Graph) -> None:
-    """Mark as checkpoint policies do, but for what a policy of the user's has marked."""
+def _mark(graph: fx.Graph, again: Callable[[fx.Node], bool]) -> None:
+    """Mark as checkpoint policies do, but for what a policy of the user's has marked.
+
+    Args:
+        graph: A joint graph.
+        again: Whether a cheap operation is to be computed again.
+    """
     for node in graph.nodes:
-        policy = None if node.op != "call_function" or node.meta.get("recompute") else _policy(node)
-        if policy:
-            node.meta |= {"recompute": policy, _MARK: True}
+        if node.op == "call_function" and not node.meta.get("recompute"):
+            if not _is_cheap(node):
+                node.meta |= {"recompute": CheckpointPolicy.MUST_SAVE, _MARK: True}
+            elif again(node):
+                node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, _MARK: True}
 
 
 def _unmark(graph: fx.Graph) -> None:
@@ -68,18 +88,19 @@ def _unmark(graph: fx.Graph) -> None:
             del node.meta["recompute"]
 
 
-def _policy(node: fx.Node) -> CheckpointPolicy | None:
-    """A wider copy is never saved: torch's rules would have it so where the narrow one is read before it, elsewhere."""
-    if not _is_cheap(node):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE if _is_wider_copy(node) else None
-
-
 def _is_wider_copy(node: fx.Node) -> bool:
+    """Such as the float32 copy that an adapter reads of what a frozen layer reads in bfloat16.
+
+    torch's rules save it where the narrow tensor is read before it, elsewhere.
+    """
     if node.target is not prims.convert_element_type.default:
         return False
-    copy, (source, *_) = value_of(node), node.all_input_nodes
-    return bool(copy.dtype.itemsize > value_of(source).dtype.itemsize)
+    copy, source = value_of(node), value_of(node.all_input_nodes[0])
+    return bool(source.dtype.is_floating_point and copy.dtype.itemsize > source.dtype.itemsize)
+
+
+def _has_more_than_its_source(node: fx.Node) -> bool:
+    return _is_wider_copy(node) and storage_nbytes(node) > storage_nbytes(node.all_input_nodes[0])
 
 
 def _is_cheap(node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ import fewbit_fx
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.inductor import CustomPartitionerFn, donate_nothing
 
-from .cuts import leaner_cut, own_cut
+from .cuts import leaner_cuts, own_cut
 from .partition import Partition
 from .pipeline import Work, require_pass_names, run_passes
 from .reasons import Cause, Reason
@@ -70,9 +70,8 @@ class FewBitPartitioner(CustomPartitionerFn):
         started = time.perf_counter()
         try:
             cuts = {plain: gm.graph}
-            leaner = leaner_cut(uncut, joint_inputs, alive, **kwargs) if uncut else None
-            if leaner and uncut:
-                cuts[leaner] = uncut.graph
+            if uncut:
+                cuts |= leaner_cuts(uncut, joint_inputs, alive, **kwargs)
             chosen, record = self._compress(cuts, plain)
         except Exception as fault:  # whatever it is: the user's training goes on, exactly, and is told so
             if self._config.strict:

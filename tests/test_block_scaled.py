@@ -109,3 +109,17 @@ def test_no_largest_element_leaves_its_interval(bits: int, dtype: torch.dtype) -
 def test_more_bits_are_less_error(bits: int) -> None:
     x = torch.randn(64, 1024)
     assert bits == MIN_VALUE_BITS or relative_error(x, bits) < relative_error(x, bits - 1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_shares_of_a_whole(bits: int) -> None:
+    """Within half of a step between 2^b levels; what is next to nothing becomes nothing."""
+    x = torch.cat(
+        [(torch.randn(4097, 1024) * 5).softmax(-1), torch.linspace(0.5, 1, 4097).unsqueeze(-1).expand(-1, 32)], -1
+    )
+    layout = block_layout(x, bits)
+    decoded = decode_values(encode_values(x, bits, layout, shares=True), bits, layout, x, shares=True)
+    largest = x.view(4097, -1, 32).amax(-1, keepdim=True)
+    error = (decoded - x).view(4097, -1, 32).abs() / largest
+    assert (error <= 0.505 / (2**bits - 1.5)).all()
+    assert (decoded >= 0).all()

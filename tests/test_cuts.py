@@ -11,7 +11,11 @@ from helpers import SwiGLU, TransformerBlock, check_interface, check_sums, targe
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import fewbit_fx.passes.cuts
+import fewbit_fx.passes.partitioner
 from fewbit_fx import FewBitConfig
+from fewbit_fx.passes.cuts import own_cut
+from fewbit_fx.passes.partition import Partition
 
 OWN = FewBitConfig(recipe="exact", recompute=False, masks=False, strict=True, min_numel=0)
 LEANER = OWN.updated({"recompute": True})
@@ -82,6 +86,32 @@ def test_a_wider_copy_is_not_saved() -> None:
     assert all(map(torch.equal, found, expected))
     marks = {n.meta.get("recompute") for gm in (leaner.chosen.forward, leaner.chosen.backward) for n in gm.graph.nodes}
     assert marks == {None}, "a mark of ours would count as the user's"
+
+
+class ReadWide(nn.Module):
+    """A part of a bfloat16 tensor that is read in float32."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.fused, self.parts = nn.Linear(32, 32 * parts).to(torch.bfloat16), parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused(x).chunk(self.parts, -1)[0].float().sin()
+
+
+@pytest.mark.parametrize(("parts", "cuts"), [(1, 2), (3, 3)])
+def test_wider_copies_of_views_may_go_either_way(parts: int, cuts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view of a third keeps more bytes than the copy has."""
+    made = []
+
+    def counted(*args: Any, **kwargs: Any) -> Partition:
+        made.append(own_cut(*args, **kwargs))
+        return made[-1]
+
+    for module in (fewbit_fx.passes.cuts, fewbit_fx.passes.partitioner):
+        monkeypatch.setattr(module, "own_cut", counted)
+    watch(ReadWide(parts), torch.randn(64, 32, dtype=torch.bfloat16), config=LEANER)
+    assert len(made) == cuts
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -185,6 +185,24 @@ def test_each_saved_tensor_is_a_site_with_its_reason() -> None:
     check_sums(seen.record)
 
 
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_probabilities_stand_in_place_of_logits(scale: float, smoothing: float) -> None:
+    """The gradient of a cross entropy is linear in them; an error of the logits would grow with their range."""
+    head, x, wanted = nn.Linear(64, 512), torch.randn(128, 64) * scale, torch.randint(512, (128,))
+
+    def loss(x: Tensor) -> Tensor:
+        return F.cross_entropy(head(x), wanted, label_smoothing=smoothing)
+
+    seen = watch(loss, x, config=FewBitConfig(recipe="exact", softmax_bits=8, min_numel=0, strict=True))
+    (site,) = (s for s in seen.record.sites if s.form == "values")
+    assert (site.function, site.shape) == ("softmax", (128, 512))
+    check_sums(seen.record)
+    (found,) = torch.autograd.grad(seen.output, [head.weight])
+    (expected,) = torch.autograd.grad(loss(x), [head.weight])
+    assert (found - expected).norm() <= 0.01 * expected.norm()
+
+
 def test_a_leaf_that_is_an_argument_lives_anyway() -> None:
     """A code of it would come on top of what accumulates its gradient."""
     w, x = torch.randn(64, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)

@@ -17,9 +17,14 @@ degrees of freedom). c is below 1 for two reasons. It keeps the largest element,
 last interval. And it puts that element above the interval's middle, so that what is finite is decoded to what is
 finite: masks of attention have the lowest number of a dtype.
 
-Zeros and signs are exact: whatever compares x with 0 in the backward decides as in the forward. (A number 1e35 times
-smaller than its block's largest may lose its sign.) In a block with an infinity, all is infinite but zeros: a mask of 0
-and -inf is exact. In a block with NaN, all is NaN but zeros.
+Shares of a whole, such as probabilities, are not negative, and many are next to nothing. They take the nearest of
+2^b even levels from 0 on, at all bits:
+
+    j = round((2^b - 1) c x / s)                            x ~ j s / ((2^b - 1) c)
+
+Zeros and signs of all else are exact: whatever compares x with 0 in the backward decides as in the forward. (A number
+1e35 times smaller than its block's largest may lose its sign.) In a block with an infinity, all is infinite but zeros:
+a mask of 0 and -inf is exact. In a block with NaN, all is NaN but zeros.
 """
 
 from __future__ import annotations
@@ -43,13 +48,14 @@ _LEAST_SCALE = 1e-30  # blocks of smaller numbers are stored as if this were the
 _MOST_SCALE = torch.finfo(SCALE_DTYPE).max  # in place of an infinite scale where 1 / s is computed
 
 
-def encode_values(x: Tensor, bits: int, layout: PlaneLayout) -> list[Tensor]:
+def encode_values(x: Tensor, bits: int, layout: PlaneLayout, shares: bool = False) -> list[Tensor]:
     """The codes of a tensor.
 
     Args:
         x: A tensor of any shape, of one of ``CODED_DTYPES``.
         bits: Bits per element, 2 to 8.
         layout: The layout of its blocks, :func:`block_layout`.
+        shares: Whether its elements are shares of a whole, from 0 to 1.
 
     Returns:
         For each part of the layout the packed codes (``packing``), and then the scales, bfloat16 of shape
@@ -60,14 +66,23 @@ def encode_values(x: Tensor, bits: int, layout: PlaneLayout) -> list[Tensor]:
         wide = _in_blocks(part).to(torch.float32)
         scale = (wide.abs().amax(-1, keepdim=True) * _SHRINK).clamp_min(_LEAST_SCALE).to(SCALE_DTYPE)
         divisor = scale.to(torch.float32).clamp_max(_MOST_SCALE)
-        intervals = _even_interval(wide, divisor, bits) if bits >= _EVEN_BITS else _bent_interval(wide, divisor, bits)
-        saved += [*pack(torch.where(wide == 0, _zero(bits), intervals), bits), scale]
+        codes = _nearest_share(wide, divisor, bits) if shares else _interval(wide, divisor, bits)
+        saved += [*pack(codes, bits), scale]
     return saved
 
 
 def _in_blocks(part: Tensor) -> Tensor:
     """Groups of blocks, shape (..., blocks, 32), of a part of a layout, shape (..., 32, blocks)."""
     return part.reshape(*part.shape[:-2], part.shape[-1], part.shape[-2])
+
+
+def _nearest_share(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return (blocks * (_reach_of_shares(bits) / scale)).round() - 2.0 ** (bits - 1)
+
+
+def _interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
+    found = _even_interval(blocks, scale, bits) if bits >= _EVEN_BITS else _bent_interval(blocks, scale, bits)
+    return torch.where(blocks == 0, _zero(bits), found)
 
 
 def _even_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -82,7 +97,9 @@ def _bent_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (share * torch.where(blocks < 0, -_zero(bits) - 1.0, _zero(bits))).floor()
 
 
-def decode_values(saved: Sequence[Tensor], bits: int, layout: PlaneLayout, like: Tensor) -> Tensor:
+def decode_values(
+    saved: Sequence[Tensor], bits: int, layout: PlaneLayout, like: Tensor, shares: bool = False
+) -> Tensor:
     """The tensor that codes stand for.
 
     Args:
@@ -90,20 +107,23 @@ def decode_values(saved: Sequence[Tensor], bits: int, layout: PlaneLayout, like:
         bits: Bits per element.
         layout: The layout of the blocks.
         like: A tensor of the shape and dtype of what was encoded; only these are read.
+        shares: As it was encoded.
 
     Returns:
         Tensor of that shape and dtype.
     """
     each = saved_per_part(bits, like.device)
-    parts = [_decoded(saved[i : i + each], bits).to(like.dtype) for i in range(0, len(saved), each)]
+    parts = [_decoded(saved[i : i + each], bits, shares).to(like.dtype) for i in range(0, len(saved), each)]
     return layout.join(parts, like)
 
 
-def _decoded(saved: Sequence[Tensor], bits: int) -> Tensor:
+def _decoded(saved: Sequence[Tensor], bits: int, shares: bool) -> Tensor:
     """One part, in blocks, float32."""
     *packed, scale = saved
     code = unpack(packed, bits)
     unit = scale.to(torch.float32)
+    if shares:
+        return (code + 2.0 ** (bits - 1)) * (unit * (1 / _reach_of_shares(bits)))
     values = _of_even(code, unit, bits) if bits >= _EVEN_BITS else _of_bent(code, unit, bits)
     return torch.where(code == _zero(bits), 0.0, values)
 
@@ -133,6 +153,11 @@ def saved_per_part(bits: int, device: torch.device) -> int:
 def _zero(bits: int) -> float:
     """The code of 0, which is also L of the module's text."""
     return 2.0 ** (bits - 1) - 1
+
+
+def _reach_of_shares(bits: int) -> float:
+    """(2^b - 1) c: the largest element is next to the last level, whatever way the scale was rounded (1 in 256)."""
+    return (2.0**bits - 1 - 0.6 * 2.0 ** (bits - 8)) * _SHRINK
 
 
 def _reach(bits: int) -> float:

@@ -36,10 +36,11 @@ class EncodeValues(Encode):
 
     bits: int
     layout: PlaneLayout
+    shares: bool
 
     def __call__(self, value: Tensor) -> list[Tensor]:
         """The codes, uint8 or bit planes, and the scales, bfloat16."""
-        return encode_values(value, self.bits, self.layout)
+        return encode_values(value, self.bits, self.layout, self.shares)
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,19 @@ class DecodeValues(Decode):
         bits: Bits per element.
         layout: The layout of the blocks.
         like: The description of the tensor (``splice.description``).
+        shares: Whether it holds shares of a whole.
         tensor: The fake tensor, for its sizes. It is not compared, because they are in the description.
     """
 
     bits: int
     layout: PlaneLayout
+    shares: bool
     like: tuple[object, ...]
     tensor: Tensor = field(compare=False)
 
     def __call__(self, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> Tensor:
         """The values."""
-        return decode_values(saved, self.bits, self.layout, self.tensor)
+        return decode_values(saved, self.bits, self.layout, self.tensor, self.shares)
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,12 @@ class ValueCodes(StoredInPlanes):
     @property
     def encode(self) -> EncodeValues:
         """Encode the values."""
-        return EncodeValues(self.bits, self.layout)
+        return EncodeValues(self.bits, self.layout, self.site.shares)
 
     @property
     def decode(self) -> DecodeValues:
         """Decode them."""
-        return DecodeValues(self.bits, self.layout, description(self.site.node), self.value)
+        return DecodeValues(self.bits, self.layout, self.site.shares, description(self.site.node), self.value)
 
     @property
     def relative_error(self) -> float:

@@ -42,7 +42,8 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
 
     Left exact are integers, inputs of the graph that need no gradient (data, which the caller keeps), and statistics
     such as the variance of a norm: small, and read by many elements each. What lives anyway, as parameters do, is
-    no site.
+    no site. In place of the logits of a softmax stand its probabilities, or multiples of them: the gradient is linear
+    in them, but exponential in the logits, whose range grows in training.
 
     Args:
         joint: The joint graph of the cut.
@@ -62,11 +63,34 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
             return LOSS
         return STATISTIC if _is_statistic(node) else None
 
-    return [
-        ValueSite(nodes[n.name], readers[n.name], kept_as(nodes[n.name]))
+    def site(node: fx.Node) -> ValueSite:
+        is_softmax = readers[node.name] is Reader.SOFTMAX
+        probabilities = _probabilities(node, partition.backward.graph) if is_softmax else None
+        if probabilities is not None:
+            return ValueSite(nodes[probabilities.name], Reader.SOFTMAX, shares=True)
+        return ValueSite(node, readers[node.name], kept_as(node))
+
+    found = (
+        site(nodes[n.name])
         for n in partition.saved()
         if n.name in saved and n.name in nodes and value_of(n).dtype != torch.bool
-    ]
+    )
+    return list(dict.fromkeys(found))
+
+
+def _probabilities(logits: fx.Node, backward: fx.Graph) -> fx.Node | None:
+    """The one exponential of a softmax by way of which alone the backward reads a saved tensor, if that is so."""
+    gradients, found = descendants(tangents(backward)), set()
+    front = [by_name(backward)[logits.name]]
+    while front:
+        for user in front.pop().users:
+            if _is_exponential_of_a_softmax(user):
+                found.add(user)
+            elif user in gradients or not is_local(user):
+                return None
+            else:
+                front.append(user)
+    return found.pop() if len(found) == 1 else None
 
 
 def _packet(node: fx.Node) -> object:

@@ -37,15 +37,17 @@ READER_NAMES = {
 
 @dataclass(frozen=True)
 class ValueSite(TensorSite):
-    """A tensor that the cut saves.
+    """A tensor that the cut saves, or the probabilities that the backward computes from logits.
 
     Attributes:
         reader: What reads it, the most sensitive of several readers.
         kept_as: Why its values are left exact whatever the options say; None where a code may stand for them.
+        shares: Whether its values are from 0 to 1, shares of a whole.
     """
 
     reader: Reader
     kept_as: Reason | None = None
+    shares: bool = False
 
     @property
     def is_last_resort(self) -> bool:
