@@ -56,7 +56,8 @@ class FewBitConfig:
         value_bits: Bits stored per element of a tensor that the backward needs for its own values, such as the input
             of a linear layer or a gate; half a bit of scales comes to it. Whole number, 2 to 8, or None: exact.
         norm_bits: The same for the inputs of norms.
-        softmax_bits: The same for what enters or leaves a softmax: q, k, v and the output of attention, and logits.
+        softmax_bits: The same for what enters or leaves a softmax: q, k, v and the output of attention, and the
+            probabilities that stand in place of logits.
         recompute: Compute pointwise operations again in the backward where that saves memory.
         min_numel: Tensors of fewer elements are left exact. Elements, 0 or more.
         max_relative_error: A derivative whose best codebook has a larger relative error
@@ -95,7 +96,8 @@ class FewBitConfig:
     )
     norm_bits: int | None = _of_recipe("bits per element", "the same for inputs of norms")
     softmax_bits: int | None = _of_recipe(
-        "bits per element", "the same for q, k, v and the output of attention, and for logits"
+        "bits per element",
+        "the same for q, k, v and the output of attention, and for the probabilities that stand in place of logits",
     )
     recompute: bool = _of_recipe("", "compute pointwise operations again in the backward where that saves memory")
     min_numel: int = _option(4096, "elements", "tensors of fewer elements are left exact")

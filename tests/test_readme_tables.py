@@ -111,6 +111,29 @@ def test_recipes_stand_beside_inductors_leaner_cut(tmp_path: Path) -> None:
     ]
 
 
+def write_convergence(folder: Path, name: str, losses: dict[str, list[float]]) -> None:
+    runs = [
+        {"recipe": recipe, "seed": seed, "validation_loss": loss}
+        for recipe, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    conditions = {**NEW, "settings": "model llama, steps 400, dtype float32, batch 4"}
+    write(folder, f"convergence_cpu_{name}", conditions, runs=runs)
+
+
+def test_of_two_trainings_by_a_recipe_the_last_file_counts(tmp_path: Path) -> None:
+    write_convergence(tmp_path, "llama", {"inductor": [2.0, 2.2], "lean": [3.0, 3.0]})
+    write_convergence(tmp_path, "llama_lean", {"inductor": [2.0, 2.2], "lean": [2.2, 2.3]})
+    *rows, about = table(tmp_path, "convergence")
+    assert rows == [
+        "| validation loss after training | mean | least to most | mean against inductor |",
+        "| --- | --- | --- | --- |",
+        "| llama, inductor | 2.100 | 2.000 to 2.200 |  |",
+        "| llama, lean | 2.250 | 2.200 to 2.300 | +7.14 % |",
+    ]
+    assert about.endswith("400 steps, 2 seeds, float32.</sub>")
+
+
 def test_a_short_run_has_neither_loss_nor_time(tmp_path: Path) -> None:
     write_demo(tmp_path, 2, OLD, inductor={"step_ms": 200.0}, fewbit={"step_ms": 180.0})
     write_demo(tmp_path, 1, OLD, steps=3, inductor={"step_ms": 200.0}, fewbit={"step_ms": 9.0})
@@ -196,7 +219,7 @@ def test_blocks_steps_and_compilations_have_rows(tmp_path: Path) -> None:
         ("<!-- results: -->\n<!-- end of results -->", "a marker is not of the form"),
         (
             "<!-- results: memory cpu -->\n<!-- end of results -->",
-            "no table 'memory'; allowed is demo or saved or speed",
+            "no table 'memory'; allowed is demo or convergence or saved or speed",
         ),
         ("<!-- results: demo cuda -->\n<!-- end of results -->", "no file in .* is named demo_cuda_"),
     ],
