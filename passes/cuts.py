@@ -42,28 +42,29 @@ def leaner_cuts(
 
     Cheap is what computes each element from few others: pointwise operations, views and copies. Matrix products,
     convolutions, attention, reductions, random numbers and what is not known are kept: a mask of dropout then takes
-    a bit. The arguments are those of :func:`own_cut`.
+    a bit. The arguments are those of :func:`own_cut`, and the graph is used up.
 
     Yields:
         Each cut with its joint graph, but for one whose backward would draw random numbers anew all the same. There
         are two where wider copies are of views: a view keeps its whole storage, which pays where others keep it too.
     """
-    if has_a_budget():  # what that chooses among the marked, it may save whole: a tuple is no tensor
-        choices: Sequence[Callable[[fx.Node], bool]] = [lambda _: False]
-    else:
-        wider = [n for n in gm.graph.nodes if _is_wider_copy(n)]
-        of_large = any(storage_nbytes(n) <= storage_nbytes(n.all_input_nodes[0]) for n in wider)
-        choices = [_is_wider_copy, _has_more_than_its_source][: 1 + of_large]
-    for again in choices:
-        copied = copy_module(gm)
-        if not has_a_budget():
-            _mark(copied.graph, again)
-        with cheap_recomputation(all_unmarked=not has_a_budget()):
-            partition = own_cut(copied, joint_inputs, alive, **kwargs)
-        for graph in (copied.graph, partition.forward.graph, partition.backward.graph):
+    choices = [None] if has_a_budget() else _choices(gm.graph)  # marked, a budget may save a tuple whole, no tensor
+    for i, again in enumerate(choices):
+        uncut = gm if i == len(choices) - 1 else copy_module(gm)  # a cut changes its graph
+        if again:
+            _mark(uncut.graph, again)
+        with cheap_recomputation(all_unmarked=again is not None):
+            partition = own_cut(uncut, joint_inputs, alive, **kwargs)
+        for graph in (uncut.graph, partition.forward.graph, partition.backward.graph):
             _unmark(graph)
         if not any(map(_draws_numbers, partition.backward.graph.nodes)):
-            yield partition, copied.graph
+            yield partition, uncut.graph
+
+
+def _choices(graph: fx.Graph) -> Sequence[Callable[[fx.Node], bool]]:
+    """Which cheap operations torch's rules are not asked about: one choice, or two where they differ."""
+    differ = any(_is_wider_copy(n) and not _has_more_than_its_source(n) for n in graph.nodes)
+    return [_is_wider_copy, _has_more_than_its_source] if differ else [_is_wider_copy]
 
 
 def _mark(graph: fx.Graph, again: Callable[[fx.Node], bool]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +14,7 @@ from fewbit_fx.torch_private.sizes import hint
 from ..graph import (
     aten,
     by_name,
+    closure,
     descendants,
     is_local,
     is_pointwise,
@@ -50,8 +51,10 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
         partition: The cut.
     """
     nodes, data = by_name(joint), _data(joint)
-    readers = _readers(partition.backward.graph, _norm_inputs(joint))
-    in_losses = _read_by_losses(partition.backward.graph)
+    backward = partition.backward.graph
+    gradients, read = descendants(tangents(backward)), by_name(backward)
+    readers = _readers(backward, gradients, _norm_inputs(joint))
+    in_losses = _read_by_losses(backward, gradients)
     saved = {n.name for storage in partition.saved_storages().values() for n in storage}
 
     def kept_as(node: fx.Node) -> Reason | None:
@@ -65,7 +68,7 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
 
     def site(node: fx.Node) -> ValueSite:
         is_softmax = readers[node.name] is Reader.SOFTMAX
-        probabilities = _probabilities(node, partition.backward.graph) if is_softmax else None
+        probabilities = _probabilities(read[node.name], gradients) if is_softmax else None
         if probabilities is not None:
             return ValueSite(nodes[probabilities.name], Reader.SOFTMAX, shares=True)
         return ValueSite(node, readers[node.name], kept_as(node))
@@ -78,19 +81,15 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
     return list(dict.fromkeys(found))
 
 
-def _probabilities(logits: fx.Node, backward: fx.Graph) -> fx.Node | None:
+def _probabilities(saved: fx.Node, gradients: Set[fx.Node]) -> fx.Node | None:
     """The one exponential of a softmax by way of which alone the backward reads a saved tensor, if that is so."""
-    gradients, found = descendants(tangents(backward)), set()
-    front = [by_name(backward)[logits.name]]
-    while front:
-        for user in front.pop().users:
-            if _is_exponential_of_a_softmax(user):
-                found.add(user)
-            elif user in gradients or not is_local(user):
-                return None
-            else:
-                front.append(user)
-    return found.pop() if len(found) == 1 else None
+
+    def is_end(node: fx.Node) -> bool:
+        return _is_exponential_of_a_softmax(node) or node in gradients or not is_local(node)
+
+    reached = closure(list(saved.users), lambda node: () if is_end(node) else node.users)
+    ends = [node for node in reached if is_end(node)]
+    return ends[0] if len(ends) == 1 and _is_exponential_of_a_softmax(ends[0]) else None
 
 
 def _packet(node: fx.Node) -> object:
@@ -148,9 +147,8 @@ def _takes_a_root(reduction: fx.Node, has_root: Mapping[fx.Node, bool]) -> bool:
     return any(has_root[user] for user in reduction.users if is_pointwise(user) or user.target is operator.getitem)
 
 
-def _readers(backward: fx.Graph, norm_inputs: set[str]) -> dict[str, Reader]:
+def _readers(backward: fx.Graph, gradients: Set[fx.Node], norm_inputs: set[str]) -> dict[str, Reader]:
     """For each node's name the most sensitive reader of its values; recomputed values are followed to theirs."""
-    gradients = descendants(tangents(backward))
     found: dict[str, Reader] = {}
     for node in reversed(backward.nodes):
         readers = [_reading(user) for user in node.users if user in gradients or not is_local(user)]
@@ -161,13 +159,12 @@ def _readers(backward: fx.Graph, norm_inputs: set[str]) -> dict[str, Reader]:
     return found
 
 
-def _read_by_losses(backward: fx.Graph) -> set[str]:
+def _read_by_losses(backward: fx.Graph, gradients: Set[fx.Node]) -> set[str]:
     """Names of what the derivative of a loss is computed from.
 
     Its gradient comes from fewer numbers, through nothing but pointwise operations. Residuals go to 0 in training,
     where the derivative of a loss may vary within less than the step between two codes.
     """
-    gradients = descendants(tangents(backward))
     spread: dict[fx.Node, int] = {}  # gradients of a loss, with the most elements that they are spread from
     found: set[str] = set()
     for node in backward.nodes:
