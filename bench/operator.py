@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ import fewbit_fx
 from bench.command import DTYPES, Command, bits_flag, milliseconds, parser_of, seconds_flag
 from bench.measure import keep_freed_memory, what_happened
 from bench.timing import Clock, Timing, clock_for, compare
+from fewbit_fx.config import LEVELS
 from fewbit_fx.torch_private.frames import with_own_code_object
 from fewbit_fx.torch_private.inductor import no_buffer_donated
 
@@ -66,12 +68,13 @@ OPERATORS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One function at one dtype and size, under inductor and under fewbit at several numbers of bits."""
+    """One function at one dtype and size, under inductor and under fewbit with several numbers of bits and levels."""
 
     operator: Operator
     dtype: str
     numel: int
     bits: tuple[int, ...]
+    levels: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.operator.name} {self.dtype} {self.numel:,}"
@@ -102,6 +105,7 @@ class Row:
         operator, dtype, numel: The case.
         backend: ``inductor`` or ``fewbit``.
         bits: fewbit's option, bits per element; None for inductor.
+        levels: fewbit's option; None for inductor.
         saved: What is saved for the backward, in words, one for each kind of site.
         saved_bytes: Bytes of it.
         forward, backward, both: Times.
@@ -112,6 +116,7 @@ class Row:
     numel: int
     backend: str
     bits: int | None
+    levels: str | None
     saved: tuple[str, ...]
     saved_bytes: int
     forward: Phase
@@ -152,6 +157,7 @@ class Candidate:
 
     backend: str
     bits: int | None
+    levels: str | None
     saved: tuple[str, ...]
     saved_bytes: int
     moved_bytes: Mapping[str, int]
@@ -159,8 +165,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """Such as ``fewbit 3``."""
-        return self.backend if self.bits is None else f"{self.backend} {self.bits}"
+        """Such as ``fewbit 3 sampled``."""
+        return self.backend if self.bits is None else f"{self.backend} {self.bits} {self.levels}"
 
 
 def measure(
@@ -199,14 +205,14 @@ def _candidates(case: Case, device: torch.device) -> list[Candidate]:
     function = case.operator.function
     plain = Compiled(function, "inductor", x, gradient)
     coded = []
-    for bits in case.bits:
-        backend = fewbit_fx.backend(recipe="derivatives", bits=bits, strict=True)
+    for bits, levels in product(case.bits, case.levels):
+        backend = fewbit_fx.backend(recipe="derivatives", bits=bits, levels=levels, strict=True)
         compiled = Compiled(function, backend, x, gradient)
         report = backend.last_report()
         saved, moved = report.fewbit_bytes, _moved_bytes(case.operator, x, report.fewbit_bytes, report.saving > 0)
-        coded.append(Candidate("fewbit", bits, what_happened(report), saved, moved, compiled))
+        coded.append(Candidate("fewbit", bits, levels, what_happened(report), saved, moved, compiled))
     moved = _moved_bytes(case.operator, x, report.plain_bytes, coded=False)
-    return [Candidate("inductor", None, (case.operator.saves,), report.plain_bytes, moved, plain), *coded]
+    return [Candidate("inductor", None, None, (case.operator.saves,), report.plain_bytes, moved, plain), *coded]
 
 
 def _moved_bytes(operator: Operator, x: Tensor, saved_bytes: int, coded: bool) -> dict[str, int]:
@@ -238,6 +244,7 @@ def _row(case: Case, candidate: Candidate, timings: Mapping[str, Mapping[str, Ti
         case.numel,
         candidate.backend,
         candidate.bits,
+        candidate.levels,
         candidate.saved,
         candidate.saved_bytes,
         **phases,
@@ -282,6 +289,9 @@ def _parser() -> argparse.ArgumentParser:
         help="bits per coded element, 1 to 8 (default 1 2 3 4 at 2**22 elements and 3 at other sizes)",
     )
     parser.add_argument(
+        "--levels", nargs="+", choices=LEVELS, default=LEVELS, help="what levels are fitted to (default all)"
+    )
+    parser.add_argument(
         "--seconds", type=seconds_flag, default=3.0, help="of timing for each function, dtype and size (default 3)"
     )
     return parser
@@ -293,7 +303,10 @@ def _cases(flags: argparse.Namespace) -> Iterator[Case]:
             for numel in flags.sizes:
                 bits = flags.bits or (BITS if numel == SIZE_OF_ALL_BITS else BITS_ELSEWHERE)
                 masks = OPERATORS[name].saves == "masks"  # take one exact bit, whatever the option says
-                yield Case(OPERATORS[name], dtype, numel, (1,) if masks else tuple(bits))
+                levels = tuple(flags.levels)
+                yield Case(
+                    OPERATORS[name], dtype, numel, (1,) if masks else tuple(bits), levels[:1] if masks else levels
+                )
 
 
 def _size_flag(text: str) -> int:
@@ -333,7 +346,7 @@ _CAPTION = (
 def _cells(row: Row) -> Iterator[str]:
     yield f"{row.operator} {_SHORT[row.dtype]}"
     yield f"{row.numel / 2**20:g} Mi" if row.numel >= 2**20 else f"{row.numel / 2**10:g} Ki"
-    yield row.backend if row.bits is None else f"{row.backend} {row.bits}"
+    yield row.backend if row.bits is None else f"{row.backend} {row.bits} {row.levels}"
     yield "\n".join(dict.fromkeys(text.partition(": ")[2] or text for text in row.saved))
     yield f"{row.saved_bytes / row.numel:.4g}"
     for phase in (row.forward, row.backward, row.both):

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 MIN_BITS, MAX_BITS = 1, 8
 MIN_VALUE_BITS = 2  # a sign and one bit of magnitude
 
+LEVELS = ("sampled", "typical")
+
 # What each recipe sets; an option given beside a recipe overrides it.
+_EXACT = {
+    "derivatives": False,
+    "levels": "sampled",
+    "recompute": True,
+    "value_bits": None,
+    "norm_bits": None,
+    "softmax_bits": None,
+}
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "exact": {"derivatives": False, "recompute": True, "value_bits": None, "norm_bits": None, "softmax_bits": None},
-    "derivatives": {
-        "derivatives": True,
-        "recompute": False,
-        "value_bits": None,
-        "norm_bits": None,
-        "softmax_bits": None,
-    },
-    "default": {"derivatives": True, "recompute": True, "value_bits": 8, "norm_bits": 8, "softmax_bits": None},
-    "lean": {"derivatives": True, "recompute": True, "value_bits": 6, "norm_bits": 8, "softmax_bits": 8},
+    "exact": _EXACT,
+    "derivatives": {**_EXACT, "derivatives": True, "levels": "typical", "recompute": False},
+    "default": {**_EXACT, "derivatives": True, "value_bits": 8, "norm_bits": 8},
+    "lean": {**_EXACT, "derivatives": True, "value_bits": 6, "norm_bits": 8, "softmax_bits": 8},
 }
 
 
@@ -53,6 +57,10 @@ class FewBitConfig:
             ``"derivatives"`` (codes of derivatives and masks alone, on torch.compile's own cut, as in the paper),
             ``"default"`` (what you get without options), ``"lean"`` (fewer bytes, for a little more time and error).
         bits: Bits stored per element in place of a nonlinearity's input. Whole number, 1 to 8.
+        levels: What the levels of a derivative's codes fit: ``"sampled"``, in every step a sample of the tensor itself,
+            for up to 4 bits and a smooth derivative (8 % error at most of normally distributed x, however narrow or
+            wide, at 3 bits), at the price of a few operations on 1,000 elements; or ``"typical"``, once and for all
+            what pre-activations typically are, as in the paper.
         value_bits: Bits stored per element of a tensor that the backward needs for its own values, such as the input
             of a linear layer or a gate; half a bit of scales comes to it. Whole number, 2 to 8, or None: exact.
         norm_bits: The same for the inputs of norms.
@@ -91,6 +99,9 @@ class FewBitConfig:
         "default", "", 'several options at once: `"exact"`, `"derivatives"`, `"default"` or `"lean"`', kw_only=True
     )
     bits: int = _option(3, "bits per element", "size of the code of a derivative, 1 to 8")
+    levels: str = _of_recipe(
+        "", 'what the levels of derivatives fit: a sample of each tensor, `"sampled"`, or `"typical"` pre-activations'
+    )
     value_bits: int | None = _of_recipe(
         "bits per element", "size of the code of a value that the backward needs itself, 2 to 8; `None`: exact"
     )
@@ -130,6 +141,7 @@ class FewBitConfig:
         if isinstance(self.max_relative_error, bool) or not isinstance(self.max_relative_error, (int, float)):
             raise TypeError(_message("max_relative_error", self.max_relative_error, allowed))
         _require("max_relative_error", self.max_relative_error, self.max_relative_error > 0, allowed)
+        _require_one_of("levels", self.levels, LEVELS)
         for name in ("value_bits", "norm_bits", "softmax_bits"):
             _require_value_bits(name, getattr(self, name))
         for name in ("derivatives", "masks", "recompute", "strict"):
@@ -141,10 +153,7 @@ class FewBitConfig:
 
     def _follow_the_recipe(self) -> None:
         """Give the options that were not given the values that the recipe has for them."""
-        allowed = f"one of {', '.join(map(repr, RECIPES))}"
-        if not isinstance(self.recipe, str):
-            raise TypeError(_message("recipe", self.recipe, allowed))
-        _require("recipe", self.recipe, self.recipe in RECIPES, allowed)
+        _require_one_of("recipe", self.recipe, RECIPES)
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is _FROM_RECIPE:
                 object.__setattr__(self, name, value)
@@ -196,6 +205,13 @@ def _texts(name: str, value: Any, allowed: str) -> tuple[str, ...]:
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
         raise ValueError(_message(name, value, allowed))
+
+
+def _require_one_of(name: str, value: object, names: Collection[str]) -> None:
+    allowed = f"one of {', '.join(map(repr, names))}"
+    if not isinstance(value, str):
+        raise TypeError(_message(name, value, allowed))
+    _require(name, value, value in names, allowed)
 
 
 def _require_int(name: str, value: object, allowed: str) -> None:

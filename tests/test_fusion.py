@@ -64,6 +64,21 @@ def test_gelu_between_linear_layers(dtype: torch.dtype, bits: int) -> None:
     assert all("erf" not in kernel.source for kernel in fewbit.backward)
 
 
+@pytest.mark.parametrize("activation", [F.gelu, F.elu], ids=["gelu", "elu"])
+def test_levels_from_a_sample_take_three_small_kernels(activation: Callable[[Tensor], Tensor]) -> None:
+    """The sample, sorted; the sums; the levels. The rest is as it is with levels that are known before."""
+    model, shape = mlp(activation, frozen=True), (2048, 256)
+    typical, sampled = (
+        generate(model, shape, torch.bfloat16, FewBitConfig(recipe="derivatives", levels=levels, strict=True))
+        for levels in ("typical", "sampled")
+    )
+    assert len(sampled.forward) == len(typical.forward) + 3
+    assert len(sampled.backward) == len(typical.backward)
+    *fitting, encoding = sampled.forward
+    assert all(kernel.stores <= 2 for kernel in fitting)
+    assert encoding.stores == 1 + 3
+
+
 SURROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout after": lambda x: F.dropout(F.gelu(x), 0.1),
     "dropout before": lambda x: F.gelu(F.dropout(x, 0.1)),

@@ -18,6 +18,8 @@ from fewbit_fx.codebooks.sampling import Function, symmetric_grid
 
 Mask = npt.NDArray[np.bool_]
 
+EXACT = 1e-9  # a relative error below this is rounding
+
 _LINE = 1e6  # the real line, for practical purposes
 _POINTS = 2**15 + 1
 _MOST_FLIPS = 40  # beyond, the comparisons cost more than the derivative
@@ -26,6 +28,7 @@ _TINY = 1e-30  # what is nearer to 0 counts as 0
 _ROUNDS = 8
 _MIRRORED = 3e-7  # two roundings to float32, relative
 _JUMP = 1e-6  # share of the range of levels
+_SMALL_JUMP, _HALVINGS = 1e-3, 160  # from the widest gap that float64 has to none
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def find_thresholds(derivative: Function, codebook: Codebook, sampled: Array) ->
         codebook: The codebook of the derivative.
         sampled: The x that it was fitted to, among which no change is to be missed.
     """
-    if codebook.relative_error < 1e-9:
+    if codebook.relative_error < EXACT:
         return None
     changes = _changes(derivative, codebook, np.union1d(symmetric_grid(_LINE, _POINTS), sampled))
     if changes is None:
@@ -104,13 +107,32 @@ def _with_magnitudes(thresholds: Thresholds, derivative: Function, codebook: Cod
     return Thresholds(*(tuple(parts) for parts in zip(*planes, strict=True)))
 
 
+def has_jumps(derivative: Function, x: Array) -> bool:
+    """Whether a derivative jumps by more than a thousandth of its range somewhere.
+
+    Args:
+        derivative: Elementwise function of a float64 array.
+        x: Ascending points, dense enough that rises between neighbours show.
+    """
+    values = derivative(x)
+    least = _SMALL_JUMP * float(np.ptp(values))
+    steep = np.flatnonzero(np.abs(np.diff(values)) > least)
+    low, high = x[steep], x[steep + 1]
+    for _ in range(_HALVINGS):  # towards the steeper half, which in the end is a jump or nothing
+        middle = low + (high - low) / 2
+        at_low, at_middle, at_high = derivative(low), derivative(middle), derivative(high)
+        upper = np.abs(at_high - at_middle) > np.abs(at_middle - at_low)
+        low, high = np.where(upper, middle, low), np.where(upper, high, middle)
+    return bool((np.abs(derivative(high) - derivative(low)) > least).any())
+
+
 def _mirror_of(t: float, flips: Collection[float]) -> float | None:
     """The flip at -t, where there is one, but for rounding."""
     return next((u for u in flips if abs(u + t) <= _MIRRORED * t), None)
 
 
 def _jumps(derivative: Function, codebook: Codebook, x: Array) -> bool:
-    """Whether f' jumps at one of some float32 numbers."""
+    """Whether a derivative jumps at one of some float32 numbers."""
     around = np.abs(x) * _MIRRORED
     change = np.abs(derivative(x + around) - derivative(x - around))
     return bool((change > 1e3 * _JUMP * (codebook.levels[-1] - codebook.levels[0])).any())

@@ -52,10 +52,11 @@ def bits_by_threshold(x: Tensor, thresholds: Thresholds, compiled: bool = True) 
     signs = takes_signs(x, compiled)
     wide = at_least_float32(x)
     magnitude = wide.abs()
-    return [
-        _flipping(x, start, [(wide, t) for t in flips] + [(magnitude, t) for t in magnitudes], signs)
-        for start, flips, magnitudes in thresholds.planes()
-    ]
+    bits = []
+    for start, flips, magnitudes in thresholds.planes():
+        pairs = [(wide, _scalar(t, wide)) for t in flips] + [(magnitude, _scalar(t, wide)) for t in magnitudes]
+        bits.append(flipping(x, pairs, signs, start))
+    return bits
 
 
 def takes_signs(x: Tensor, compiled: bool) -> bool:
@@ -63,16 +64,23 @@ def takes_signs(x: Tensor, compiled: bool) -> bool:
     return compiled and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def _flipping(x: Tensor, start: bool, flips: Sequence[tuple[Tensor, float]], signs: bool) -> Tensor:
-    """A bit that starts as ``start``, and flips once for each of ``flips`` whose tensor is above its number."""
+def flipping(x: Tensor, flips: Sequence[tuple[Tensor, Tensor]], signs: bool, start: bool = False) -> Tensor:
+    """A bit that flips once for each pair of a tensor and a scalar tensor of its dtype that it is above.
+
+    Args:
+        x: What the bits are of.
+        flips: The pairs.
+        signs: Whether to answer by the signs of int32.
+        start: The bit where nothing flips.
+    """
     if not flips:
         return torch.full_like(x, start, dtype=torch.bool)
     if signs:
-        bit = functools.reduce(torch.bitwise_xor, [(_scalar(t, v) - v).view(torch.int32) for v, t in flips])
+        bit = functools.reduce(torch.bitwise_xor, [(t - v).view(torch.int32) for v, t in flips])
         return torch.bitwise_not(bit) if start else bit
     # The opposite comparison instead of a bitwise_not behind it, which costs a pass over the vector.
     compare = [torch.le if start and i == 0 else torch.gt for i in range(len(flips))]
-    return functools.reduce(torch.bitwise_xor, [c(v, _scalar(t, v)) for c, (v, t) in zip(compare, flips, strict=True)])
+    return functools.reduce(torch.bitwise_xor, [c(v, t) for c, (v, t) in zip(compare, flips, strict=True)])
 
 
 def encode(
@@ -110,7 +118,7 @@ def marked_words(words: Sequence[Tensor], blocks: Tensor, mirrored: bool) -> lis
 def decode_and_multiply(
     gradient: Tensor,
     planes: Sequence[Tensor],
-    levels: tuple[float, ...],
+    levels: tuple[float, ...] | list[Tensor],
     layout: PlaneLayout,
     dtype: torch.dtype,
     product: Callable[[Tensor, Tensor], Tensor] = torch.mul,
@@ -126,7 +134,7 @@ def decode_and_multiply(
     Args:
         gradient: A tensor of the shape of what was encoded.
         planes: The result of :func:`encode`.
-        levels: The levels of the codebook, in ascending order.
+        levels: The levels of the codebook, in ascending order; or as scalar tensors, that of each code.
         layout: The layout that the planes were encoded with.
         dtype: The dtype of the result. The product is taken in float32, or in float64 where the gradient is.
         product: What multiplies the gradient by the level, in place of the plain product.
@@ -134,12 +142,15 @@ def decode_and_multiply(
     """
 
     wide = at_least_float32(gradient)
-    table = [_scalar(level, wide) for level in by_code(levels)]
+    if isinstance(levels, list):
+        table = [level.to(wide.dtype) for level in levels]
+    else:
+        table = [_scalar(level, wide) for level in by_code(levels)]
 
     def scaled(g: Tensor, bits: Sequence[Tensor]) -> Tensor:
         return product(g, select_level(table, bits, guarded, mirrored)).to(dtype)
 
-    count = bits_for(levels)
+    count = (len(table) - 1).bit_length()
     parts = [unpack(planes[i : i + count], layout, guarded) for i in range(0, len(planes), count)]
     if len(parts) == 1:
         return scaled(wide, [layout.join([bit], gradient) for bit in parts[0]])

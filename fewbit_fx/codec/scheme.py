@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fewbit_fx.codebooks.density import Typical
 from fewbit_fx.codebooks.fitting import Codebook, fit_codebook, is_mirrored
-from fewbit_fx.codebooks.sampling import Function, sample_derivative
-from fewbit_fx.codebooks.thresholds import Thresholds, find_thresholds
-from fewbit_fx.codec.encode_decode import at_least_float32, bits_by_threshold, bits_by_value, takes_signs
+from fewbit_fx.codebooks.sampling import Function, Sample, sample_derivative, symmetric_grid
+from fewbit_fx.codebooks.thresholds import EXACT, Thresholds, find_thresholds, has_jumps
+from fewbit_fx.codec.bitplanes import PlaneLayout
+from fewbit_fx.codec.encode_decode import (
+    at_least_float32,
+    bits_by_threshold,
+    bits_by_value,
+    decode_and_multiply,
+    encode,
+    takes_signs,
+)
 from fewbit_fx.codec.nonfinite import Undefined, find_undefined, is_finite
+from fewbit_fx.codec.sampled_levels import MOST_BITS, Axis, SampledScheme
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.torch_private.modes import real_mode
+
+_FAR, _POINTS = 1e3, 4097  # of the grid on which a symmetry is looked for
+_ALIKE = 1e-6  # relative to the largest derivative
+_FINEST = 2**14  # points that stand for the density of typical x
+_MUCH_WORSE = 1.25  # times the error of the codebook
+_LEAST_MIRRORED = 3  # bits: beside the side of 0, a word that is marked takes two
 
 
 @dataclass(frozen=True)
@@ -31,6 +51,38 @@ class CodingScheme:
     thresholds: Thresholds | None
     undefined: Undefined | None
     mirrored: bool = False
+
+    table_numel = 0  # nothing is saved beside the planes
+
+    @property
+    def code_bits(self) -> int:
+        """Bits per code."""
+        return self.codebook.bits
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The codebook's."""
+        return self.codebook.levels
+
+    @property
+    def relative_error(self) -> float:
+        """The codebook's: root mean square of (level - f'(x)) over that of f'(x), for typical pre-activations."""
+        return self.codebook.relative_error
+
+    def encode(self, x: Tensor, derivative: Callable[[Tensor], Tensor], layout: PlaneLayout) -> list[Tensor]:
+        """The planes of the codes of f'(x).
+
+        Args:
+            x: Tensor of any shape and floating point dtype.
+            derivative: f', elementwise, for tensors of the dtype of x.
+            layout: Of the planes.
+        """
+        return encode(x, functools.partial(self.bits, derivative=derivative), layout, self.guarded, self.mirrored)
+
+    def decode(self, gradient: Tensor, saved: Sequence[Tensor], layout: PlaneLayout, dtype: torch.dtype) -> Tensor:
+        """``gradient * level``, of a dtype; ``saved`` and ``layout`` as for :meth:`encode`."""
+        levels, guarded, mirrored = self.codebook.levels, self.guarded, self.mirrored
+        return decode_and_multiply(gradient, saved, levels, layout, dtype, guarded=guarded, mirrored=mirrored)
 
     @property
     def guarded(self) -> bool:
@@ -55,6 +107,9 @@ class CodingScheme:
         return [*bits, self.undefined.spares(at_least_float32(x), takes_signs(x, compiled))]
 
 
+Scheme = CodingScheme | SampledScheme
+
+
 def fit_scheme(derivative: Function, bits: int) -> CodingScheme:
     """Fit the codebook of a derivative, by what pre-activations typically are.
 
@@ -62,8 +117,57 @@ def fit_scheme(derivative: Function, bits: int) -> CodingScheme:
         NotCodableError: The derivative is unbounded, undefined or constant.
         ValueError, TypeError: ``bits`` is not allowed.
     """
+    return _fit_to(derivative, sample_derivative(derivative, Typical()), bits)
+
+
+def _fit_to(derivative: Function, typical: Sample, bits: int) -> CodingScheme:
     FewBitConfig(bits=bits)
-    sample = sample_derivative(derivative, Typical())
-    book = fit_codebook(sample.values, sample.weights, bits)
-    thresholds = find_thresholds(derivative, book, sample.x)
+    book = fit_codebook(typical.values, typical.weights, bits)
+    thresholds = find_thresholds(derivative, book, typical.x)
     return CodingScheme(book, thresholds, find_undefined(derivative), is_mirrored(book.levels))
+
+
+def choose_scheme(derivative: Function, bits: int) -> Scheme:
+    """Levels from a sample of each tensor; those of a codebook where that is exact, and for more than 4 bits.
+
+    Raises as :func:`fit_scheme` does.
+    """
+    typical = sample_derivative(derivative, Typical())
+    fixed = _fit_to(derivative, typical, bits)
+    if bits > MOST_BITS or fixed.relative_error < EXACT:
+        return fixed
+    axis, centre = _symmetry_of(derivative, bits)
+    axes = [Axis.DERIVATIVE] if has_jumps(derivative, typical.x) else [axis, Axis.DERIVATIVE]
+    for axis in axes:
+        sampled = SampledScheme(bits, axis, centre if axis is Axis.SIDES else 0.0, fixed.undefined, math.inf)
+        error = _error_for(sampled, derivative, typical)
+        if error <= _MUCH_WORSE * fixed.relative_error:
+            return replace(sampled, relative_error=error)
+    return fixed
+
+
+def _symmetry_of(derivative: Function, bits: int) -> tuple[Axis, float]:
+    """The axis of x that a derivative needs, and the sum of its sides where it has one."""
+    x = symmetric_grid(_FAR, _POINTS)
+    left, right = derivative(-x), derivative(x)
+    allowed = _ALIKE * float(np.abs(right).max())
+    centre = float(np.float32(left[-1] + right[-1]))
+    if np.abs(left - right).max() <= allowed:
+        return Axis.MAGNITUDE, 0.0
+    if bits >= _LEAST_MIRRORED and np.abs(left + right - centre).max() <= allowed:
+        return Axis.SIDES, centre
+    return Axis.X, 0.0
+
+
+def _error_for(scheme: SampledScheme, derivative: Function, typical: Sample) -> float:
+    """The relative error for a tensor of typical pre-activations."""
+    shares = (np.arange(_FINEST) + 0.5) / _FINEST
+    x = typical.x[np.searchsorted(np.cumsum(typical.weights), shares).clip(max=len(typical.x) - 1)]
+
+    def of_tensor(points: Tensor) -> Tensor:
+        return torch.from_numpy(np.array(derivative(points.numpy())))
+
+    with real_mode(), torch.no_grad():
+        exact = of_tensor(torch.from_numpy(x))
+        coded = scheme.coded(torch.from_numpy(x), of_tensor)
+        return float((coded - exact).norm() / exact.norm())

@@ -41,9 +41,9 @@ def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig |
         >>> print(report)  # doctest: +ELLIPSIS
         graph 0/0: recipe default
           where  count  function  shape   dtype    what happened    bytes before  after  rel. error
-          1          1  gelu      128x64  float32  coded in 3 bits        32,768  3,072       ...%
+          1          1  gelu      128x64  float32  coded in 3 bits        32,768  3,088       ...%
         ...
-        bytes saved for backward: torch.compile 32,768   fewbit 3,072   (-90.6%)
+        bytes saved for backward: torch.compile 32,768   fewbit 3,088   (-90.6%)
     """
     listener = Listener()
     config = fewbit_config or FewBitConfig()

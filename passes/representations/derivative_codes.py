@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fewbit_fx.codebooks.activations import is_affine
-from fewbit_fx.codebooks.sampling import NotCodableError
+from fewbit_fx.codebooks.sampling import NotCodableError, symmetric_grid
 from fewbit_fx.codec.bitplanes import PlaneLayout
-from fewbit_fx.codec.encode_decode import decode_and_multiply, encode
-from fewbit_fx.codec.scheme import CodingScheme, fit_scheme
+from fewbit_fx.codec.scheme import Scheme, choose_scheme, fit_scheme
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.torch_private.sizes import statically_known_true
 
 from ..derivative import Derivative, NotEvaluableError
 from ..graph import value_of
@@ -27,51 +27,59 @@ from .stored_in_planes import StoredInPlanes
 SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="derivatives")
 PRODUCT, LOSS, PERHAPS_LOSS = Reason(Cause.PRODUCT), Reason(Cause.LOSS), Reason(Cause.PERHAPS_LOSS)
 _NEAR_ZERO = np.array([-1e-8, 1e-8])
-_NEARLY_NOTHING = 1e-3  # share of the largest level, less than the codes of any bits can tell from 0
+_WIDE, _POINTS = 100.0, 1001
+_NEARLY_NOTHING = 1e-3  # share of the largest derivative, less than the codes of any bits can tell from 0
 
 
 @dataclass(frozen=True)
 class EncodeDerivative(Encode):
-    """x to the bit planes of the codes of f'(x)."""
+    """x to the bit planes of the codes of f'(x), and to the levels where they are the tensor's own."""
 
     derivative: Derivative
-    scheme: CodingScheme
+    scheme: Scheme
     layout: PlaneLayout
 
     def __call__(self, value: Tensor) -> list[Tensor]:
-        """The planes, int32."""
-        scheme = self.scheme
-        bits = functools.partial(scheme.bits, derivative=self.derivative)
-        return encode(value, bits, self.layout, scheme.guarded, scheme.mirrored)
+        """The planes, int32, and levels, floating point."""
+        return self.scheme.encode(value, self.derivative, self.layout)
 
 
 @dataclass(frozen=True)
 class MultiplyByLevel(Decode):
     """The entry gradient and the planes to the exit gradient, of a dtype."""
 
-    scheme: CodingScheme
+    scheme: Scheme
     layout: PlaneLayout
     dtype: torch.dtype
 
     def __call__(self, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> Tensor:
         """The exit gradient."""
         (gradient,) = inputs
-        guarded, mirrored, levels = self.scheme.guarded, self.scheme.mirrored, self.scheme.codebook.levels
-        return decode_and_multiply(gradient, saved, levels, self.layout, self.dtype, guarded=guarded, mirrored=mirrored)
+        return self.scheme.decode(gradient, saved, self.layout, self.dtype)
 
 
 @dataclass(frozen=True)
 class DerivativeCodes(StoredInPlanes):
-    """A few-bit code of f'(x) per element, that of the nearest of the codebook's levels."""
+    """A few-bit code of f'(x) per element, that of a level near to it."""
 
     site: DerivativeSite
-    scheme: CodingScheme
+    scheme: Scheme
     form = "codes"
 
     @property
     def bits(self) -> int:
-        """The codebook's."""
-        return self.scheme.codebook.bits
+        """Bits per code."""
+        return self.scheme.code_bits
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the planes and of the levels that are saved with them."""
+        return super().nbytes + self.scheme.table_numel * max(self.value.dtype.itemsize, torch.float32.itemsize)
+
+    @property
+    def tensors(self) -> int:
+        """Planes, and the levels where they are saved."""
+        return super().tensors + (self.scheme.table_numel > 0)
 
     @property
     def encode(self) -> EncodeDerivative:
@@ -85,13 +93,13 @@ class DerivativeCodes(StoredInPlanes):
 
     @property
     def relative_error(self) -> float:
-        """The codebook's: of the derivative, over the density that it was fitted for."""
-        return self.scheme.codebook.relative_error
+        """Of the derivative, predicted for typical pre-activations."""
+        return self.scheme.relative_error
 
     @property
     def levels(self) -> tuple[float, ...]:
-        """The codebook's."""
-        return self.scheme.codebook.levels
+        """The codebook's; none where levels are the tensor's own."""
+        return self.scheme.levels
 
 
 def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | None:
@@ -102,32 +110,39 @@ def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | Non
         return Exact(PRODUCT)
     if not config.derivatives:
         return Exact(SWITCHED_OFF)
-    scheme = fitted_scheme(site.derivative, config.bits)
+    sampled = config.levels == "sampled" and statically_known_true(value_of(site.stored).numel() > 0)
+    scheme = fitted_scheme(site.derivative, config.bits, sampled)
     if isinstance(scheme, Exact):
         return scheme
-    error = scheme.codebook.relative_error
+    error = scheme.relative_error
     if not error <= config.max_relative_error:
         limit = config.max_relative_error
         return Exact(Reason.of(Cause.ERROR_TOO_LARGE, bits=config.bits, relative_error=error, max_relative_error=limit))
     if error > 0 and site.origin is Origin.BROADCAST:
         return Exact(LOSS)
-    if site.origin is Origin.OUTSIDE and _vanishes_at_zero(scheme, site.derivative):
+    if site.origin is Origin.OUTSIDE and _vanishes_at_zero(site.derivative):
         return Exact(PERHAPS_LOSS)
     return DerivativeCodes(site, scheme)
 
 
 @functools.lru_cache(maxsize=1024)  # layers share their derivative, and models their activations
-def fitted_scheme(derivative: Derivative, bits: int) -> CodingScheme | Exact:
-    """How a derivative is coded, or why it cannot be; fitted once per derivative and process."""
+def fitted_scheme(derivative: Derivative, bits: int, sampled: bool) -> Scheme | Exact:
+    """How a derivative is coded, or why it cannot be; found once per derivative and process.
+
+    Args:
+        derivative: The derivative.
+        bits: Bits per code.
+        sampled: Whether levels are fitted to a sample of each tensor where they can be.
+    """
     try:
-        return fit_scheme(derivative.evaluated, bits)
+        return (choose_scheme if sampled else fit_scheme)(derivative.evaluated, bits)
     except NotCodableError as error:
         return Exact(PRODUCT if is_affine(derivative.evaluated) else Reason.of(Cause.NOT_CODABLE, problem=str(error)))
     except NotEvaluableError as error:
         return Exact(error.reason)
 
 
-def _vanishes_at_zero(scheme: CodingScheme, derivative: Derivative) -> bool:
+def _vanishes_at_zero(derivative: Derivative) -> bool:
     """Whether the relative error grows without bound as x goes to 0, where the residuals of a loss go."""
-    largest = max(map(abs, scheme.codebook.levels))
+    largest = np.abs(derivative.evaluated(symmetric_grid(_WIDE, _POINTS))).max()
     return bool((np.abs(derivative.evaluated(_NEAR_ZERO)) < _NEARLY_NOTHING * largest).any())

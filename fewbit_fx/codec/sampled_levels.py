@@ -1,0 +1,238 @@
+"""Levels fitted to the tensor that is coded: in every step anew, to a sample of its elements.
+
+Levels for typical pre-activations fit no narrow tensor: where x is within 0.01 of 0, f' of GELU is within 0.01 of 1/2,
+and one constant for all is nearer to it than the levels of a codebook for the whole line. So 480 elements of x, from
+all over the tensor, are sorted, and the x axis is divided into intervals, one for each level, that hold equal sums of
+``|rise of f'|^(2/3)`` from one of them to the next. Levels are then as dense as has the least squared error,
+``(p(x) f''(x)^2)^(1/3)`` (Panter and Dite, 1951; Gray and Neuhoff, 1998, section IV-A). Each level is the mean of f' in
+its interval of the sample, where it is no worse than one constant.
+
+Anchors, far points without weight, are sorted in too: of a narrow tensor, what is far from all others, as a dead unit
+is, then has a level of its own.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from fewbit_fx.codebooks.fitting import gray_code
+from fewbit_fx.codec.bitplanes import PlaneLayout
+from fewbit_fx.codec.encode_decode import at_least_float32, decode_and_multiply, encode, flipping, takes_signs
+from fewbit_fx.codec.nonfinite import Undefined, is_finite
+
+MOST_BITS = 4  # a threshold takes a comparison for each element
+
+_SAMPLE, _ANCHORS = 480, 16  # with anchors on both sides as many as Inductor sorts within a kernel of a GPU
+_NEAREST, _PER_OCTAVE = 0.25, 2  # of anchors, which so reach from 0.25 to 45
+_SHARE = 0.6  # of what the rises of f' within the sample sum to, those beyond it have so much at most
+_NO_WEIGHT = 1e-6  # an anchor is a level only where it is alone
+# Multiples of the golden ratio, and of roots of primes, spread evenly; in units of 2^-32.
+_STRIDES = (0x9E3779B1, 0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A)
+
+
+class Axis(enum.Enum):
+    """What is divided into intervals."""
+
+    X = "x"
+    MAGNITUDE = "|x|, as f'(-x) = f'(x)"
+    SIDES = "|x| and the side of 0, as f'(-x) = c - f'(x)"
+    DERIVATIVE = "f'(x), which costs its evaluation, for one that jumps or goes up and down"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a tensor is coded with, for each interval, in the order of their Gray codes.
+
+    Attributes:
+        lower: Where the interval begins on the axis, shape (intervals,); the first one at -infinity.
+        levels: Its level, shape (intervals,). Where sides are told, that for x above 0.
+    """
+
+    lower: Tensor
+    levels: Tensor
+
+
+@dataclass(frozen=True)
+class SampledScheme:
+    """How a derivative is coded with levels from a sample. A code is the Gray code of an interval's rank.
+
+    Attributes:
+        code_bits: Bits per code, 1 to :data:`MOST_BITS`. The first may be the side of 0.
+        axis: What is divided.
+        sum_of_sides: f'(-x) + f'(x), where the side is told.
+        undefined: Which of NaN and the infinities have a derivative that is not finite; None if none has.
+        relative_error: Predicted for typical pre-activations: root mean square of (level - f'(x)) over that of f'(x).
+    """
+
+    code_bits: int
+    axis: Axis
+    sum_of_sides: float
+    undefined: Undefined | None
+    relative_error: float
+
+    levels = ()  # none that are known before a tensor is
+
+    @property
+    def table_numel(self) -> int:
+        """The number of levels that are saved beside the planes."""
+        return self._intervals
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether half of the levels follow from the others."""
+        return self.axis is Axis.SIDES
+
+    @property
+    def guarded(self) -> bool:
+        """Whether codes tell what is not finite (``codec/nonfinite.py``)."""
+        return self.undefined is not None
+
+    def encode(self, x: Tensor, derivative: Callable[[Tensor], Tensor], layout: PlaneLayout) -> list[Tensor]:
+        """The planes of the codes of f'(x), and the levels.
+
+        Args:
+            x: Tensor of any shape and floating point dtype, not empty.
+            derivative: f', elementwise, for tensors of the dtype of x.
+            layout: Of the planes.
+        """
+        fitted = self.fit(x, derivative)
+        bits_of = functools.partial(self._bits_of, derivative=derivative, lower=fitted.lower)
+        return [*encode(x, bits_of, layout, self.guarded, self.mirrored), fitted.levels]
+
+    def decode(self, gradient: Tensor, saved: Sequence[Tensor], layout: PlaneLayout, dtype: torch.dtype) -> Tensor:
+        """``gradient * level``, of a dtype; ``saved`` and ``layout`` as for :meth:`encode`."""
+        *planes, levels = saved
+        table = self._by_code(levels.unbind())
+        guarded, mirrored = self.guarded, self.mirrored
+        return decode_and_multiply(gradient, planes, table, layout, dtype, guarded=guarded, mirrored=mirrored)
+
+    def coded(self, x: Tensor, derivative: Callable[[Tensor], Tensor]) -> Tensor:
+        """The level of each element, without planes. Arguments are those of :meth:`encode`."""
+        fitted = self.fit(x, derivative)
+        thresholds = fitted.lower[[gray_code(rank) for rank in range(1, self._intervals)]]
+        rank = torch.bucketize(self._along_axis(x, derivative).contiguous(), thresholds)
+        code = torch.bitwise_xor(rank, rank >> 1) + (torch.where(x > 0, self._intervals, 0) if self.mirrored else 0)
+        return torch.stack(self._by_code(fitted.levels.unbind()))[code]
+
+    def fit(self, x: Tensor, derivative: Callable[[Tensor], Tensor]) -> Fitted:
+        """The intervals and levels for a tensor. Arguments are those of :meth:`encode`."""
+        points, weights = self._points(x, derivative)
+
+        def slope(points: Tensor) -> Tensor:
+            if self.axis is Axis.DERIVATIVE:
+                return points
+            return _finite(at_least_float32(derivative(points.to(x.dtype))))
+
+        number = torch.arange(len(points), device=x.device)
+        following = points[(number + 1).clamp(max=len(points) - 1)]
+        values = slope(points)
+        sums = _sums_of_rises(points, following, (slope(following) - values).abs() ** (2 / 3), weights)
+        # All that follows is of shape (intervals, points), so that a GPU has one kernel for it.
+        rank = _from_gray_code(torch.arange(self._intervals, device=x.device)).unsqueeze(-1)
+        step, is_first, is_last = sums[-1] / self._intervals, rank == 0, rank == self._intervals - 1
+        first = torch.where(is_first, 0, 1 + (sums < rank * step).sum(-1, keepdim=True))
+        behind = 1 + (sums < (rank + 1) * step).sum(-1, keepdim=True)
+        lower = torch.where(is_first, -float("inf"), _middle_before(first, number, points))
+        upper = torch.where(is_last, float("inf"), _middle_before(behind, number, points))
+        weight = torch.where((points > lower) & (points <= upper), weights, 0.0)
+        total, sum_of_values = weight.sum(-1), (weight * values).sum(-1)
+        first_value = torch.where(number == first, values, 0.0).sum(-1)
+        return Fitted(lower.squeeze(-1), torch.where(total > 0, sum_of_values / total, first_value))
+
+    @property
+    def _intervals(self) -> int:
+        return int(2 ** (self.code_bits - 1)) if self.mirrored else int(2**self.code_bits)
+
+    def _along_axis(self, x: Tensor, derivative: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.axis is Axis.DERIVATIVE:
+            return at_least_float32(derivative(x))
+        wide = at_least_float32(x)
+        return wide if self.axis is Axis.X else wide.abs()
+
+    def _by_code(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """The level of each code, of the levels of intervals."""
+        return [*(self.sum_of_sides - level for level in levels), *levels] if self.mirrored else list(levels)
+
+    def _points(self, x: Tensor, derivative: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """The sample and the anchors, ascending along the axis, and their weights."""
+        one_side = self.axis in (Axis.MAGNITUDE, Axis.SIDES)
+        number = torch.arange(_SAMPLE + (_ANCHORS if one_side else 2 * _ANCHORS), device=x.device)
+        drawn = _finite(_elements(x, number))
+        distance = _NEAREST * torch.exp2(((number - _SAMPLE) % _ANCHORS).to(drawn.dtype) / _PER_OCTAVE)
+        anchors = torch.where(number < _SAMPLE + _ANCHORS, distance, -distance)
+        points = torch.where(number < _SAMPLE, drawn.abs() if one_side else drawn, anchors)
+        if self.axis is Axis.DERIVATIVE:
+            points = _finite(at_least_float32(derivative(points.to(x.dtype))))
+        points, order = torch.sort(points)
+        return points, torch.where(order < _SAMPLE, torch.ones_like(points), _NO_WEIGHT)
+
+    def _bits_of(self, x: Tensor, derivative: Callable[[Tensor], Tensor], lower: Tensor) -> list[Tensor]:
+        """The bits of the codes, the most significant first; where guarded, a last one says what is finite."""
+        signs, compared = takes_signs(x, compiled=True), self._along_axis(x, derivative)
+        bits = []
+        if self.mirrored:
+            wide = at_least_float32(x)
+            bits.append(flipping(x, [(wide, torch.zeros((), dtype=wide.dtype, device=x.device))], signs))
+        step = self._intervals
+        while step > 1:  # a bit of a Gray code flips at every other of the thresholds at which none before it does
+            flips = [(compared, lower[gray_code(rank)]) for rank in range(step // 2, self._intervals, step)]
+            bits.append(flipping(x, flips, signs))
+            step //= 2
+        if self.undefined is None:
+            return bits
+        if self.axis is Axis.DERIVATIVE:
+            return [*bits, is_finite(compared)]
+        return [*bits, self.undefined.spares(at_least_float32(x), signs)]
+
+
+def _elements(x: Tensor, number: Tensor) -> Tensor:
+    """Elements from all over a tensor, the same for each number, in float32 or float64."""
+    # Multiples of a stride, modulo 1 in units of 2^-32, spread over each dimension.
+    where = tuple((number * stride) % 2**32 * size >> 32 for size, stride in zip(x.shape, cycle(_STRIDES)))
+    return at_least_float32(x[where] if where else x.expand(len(number)))
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < float("inf"), x, 0.0)
+
+
+def _sums_of_rises(points: Tensor, following: Tensor, rises: Tensor, weights: Tensor) -> Tensor:
+    """What the rises sum to up to each point, with a limited share of those beyond the sample.
+
+    Args:
+        points: The sample and the anchors, ascending, shape (n,).
+        following: The one after each.
+        rises: From each to that.
+        weights: Of the points.
+    """
+    is_sample = weights == 1
+    low, high = (
+        torch.where(is_sample, points, float("inf")).amin(),
+        torch.where(is_sample, points, -float("inf")).amax(),
+    )
+    within = (points >= low) & (following <= high)
+    own, beyond = torch.where(within, rises, 0.0), torch.where(within, 0.0, rises)
+    share = (_SHARE * own.sum() / beyond.sum()).clamp(max=1)  # a ratio of 0 and 0 multiplies zeros only
+    return torch.cumsum(own + torch.where(beyond > 0, share * beyond, 0.0), 0)
+
+
+def _middle_before(position: Tensor, number: Tensor, points: Tensor) -> Tensor:
+    """The middle between the point at each position and the one before it.
+
+    As a sum, which Inductor keeps: an expression it would compute again for each element that is compared.
+    """
+    beside = (number == position) | (number == position - 1)
+    return torch.where(beside, points / 2, 0.0).sum(-1, keepdim=True)
+
+
+def _from_gray_code(code: Tensor) -> Tensor:
+    """The rank of a code of at most 4 bits."""
+    halved = torch.bitwise_xor(code, code >> 1)
+    return torch.bitwise_xor(halved, halved >> 2)
