@@ -11,6 +11,8 @@ MIN_BITS, MAX_BITS = 1, 8
 MIN_VALUE_BITS = 2  # a sign and one bit of magnitude
 
 LEVELS = ("sampled", "typical")
+ROUNDINGS = ("nearest", "stochastic")
+MOST_BITS_OF_SAMPLED_LEVELS = 4  # a threshold takes a comparison for each element
 
 # What each recipe sets; an option given beside a recipe overrides it.
 _EXACT = {
@@ -66,6 +68,10 @@ class FewBitConfig:
         norm_bits: The same for the inputs of norms.
         softmax_bits: The same for what enters or leaves a softmax: q, k, v and the output of attention, and the
             probabilities that stand in place of logits.
+        rounding: How codes are chosen: ``"nearest"``, of the least error, or ``"stochastic"``, at random between the
+            two values next to the exact one, such that the mean over all seeds is the exact one. What is linear in it,
+            as the gradient of a linear layer's weight is, then has no bias, but a larger error. The seed is that of
+            torch.manual_seed, the rank and the data; no generator is advanced. ``bits`` is then 4 or less.
         recompute: Compute pointwise operations again in the backward where that saves memory.
         min_numel: Tensors of fewer elements are left exact. Elements, 0 or more.
         max_relative_error: A derivative whose best codebook has a larger relative error
@@ -110,6 +116,12 @@ class FewBitConfig:
         "bits per element",
         "the same for q, k, v and the output of attention, and for the probabilities that stand in place of logits",
     )
+    rounding: str = _option(
+        "nearest",
+        "",
+        'how codes are chosen: `"nearest"`, or `"stochastic"`: at random, without bias and with a larger error',
+        kw_only=True,
+    )
     recompute: bool = _of_recipe("", "compute pointwise operations again in the backward where that saves memory")
     min_numel: int = _option(4096, "elements", "tensors of fewer elements are left exact")
     max_relative_error: float = _option(
@@ -142,6 +154,10 @@ class FewBitConfig:
             raise TypeError(_message("max_relative_error", self.max_relative_error, allowed))
         _require("max_relative_error", self.max_relative_error, self.max_relative_error > 0, allowed)
         _require_one_of("levels", self.levels, LEVELS)
+        _require_one_of("rounding", self.rounding, ROUNDINGS)
+        if self.rounding == "stochastic":
+            allowed = f"at most {MOST_BITS_OF_SAMPLED_LEVELS} with rounding='stochastic'"
+            _require("bits", self.bits, self.bits <= MOST_BITS_OF_SAMPLED_LEVELS, allowed)
         for name in ("value_bits", "norm_bits", "softmax_bits"):
             _require_value_bits(name, getattr(self, name))
         for name in ("derivatives", "masks", "recompute", "strict"):

@@ -106,7 +106,7 @@ def keep_decisions(work: Work) -> Work:
     while True:
         values = {site.replaced.name: site for site in work.coded if site.is_last_resort}
         decoded = {site.replaced.name for site in work.coded}
-        found = jumps(work.plain.backward.graph, decoded)
+        found = jumps(work.plain.backward.graph, decoded, keeps_signs=work.config.rounding == "nearest")
         if not found or not values:
             return work
         kept = {masks[name]: work.proposed[masks[name]] for name in found if name in masks}

@@ -14,9 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, fx
 
-from .graph import by_name, output_values, placeholders
+from fewbit_fx.codec.dither import rounding_seed
+from fewbit_fx.torch_private.modes import mode_of
+
+from .graph import by_name, output_values, placeholders, value_of
 from .partition import Partition
 from .representations import Decision, Encode, Exact, Representation
 from .sites import Site
@@ -70,6 +74,7 @@ class _Rewriter:
         self._planes: list[fx.Node] = []
         self._shared: dict[object, list[fx.Node]] = {}
         self._traces: dict[object, fx.Graph] = {}
+        self._seeds: dict[torch.device, fx.Node] = {}
 
     def rewrite(self, representation: Representation, name: str) -> None:
         """Save what stands for the site, and let the backward go on from what is decoded."""
@@ -132,8 +137,10 @@ class _Rewriter:
         suffix = re.sub(r"\W+", "_", f"_{name}" if name else "")
         names = [f"{PREFIX}_{i}{suffix}" for i in range(first, first + count)]
         before = after(max([value, *self._symbols]))
-        inputs = [value, *self._symbols]
-        traced = self._traced(encode, lambda tensor, *_: encode(tensor), inputs)
+        seed = [self._seed(value)] if encode.seeded else []
+        inputs = [value, *seed, *self._symbols]
+        given = 1 + len(seed)
+        traced = self._traced(encode, lambda *values: encode(*values[:given]), inputs)
         planes = splice(traced, inputs, before, value, names)
         self._planes += planes
         loaded = []
@@ -144,6 +151,17 @@ class _Rewriter:
                 placeholder.meta = dict(plane.meta)
                 loaded.append(placeholder)
         return loaded
+
+    def _seed(self, value: fx.Node) -> fx.Node:
+        """The node of the seed for a value's device, at the beginning of the forward."""
+        device = value_of(value).device
+        if device not in self._seeds:
+            first = after(placeholders(value.graph)[-1])
+            with value.graph.inserting_before(first), mode_of(value_of(value)):
+                node = value.graph.call_function(torch.ops.fewbit_fx.rounding_seed.default, (device,))
+                node.meta["val"] = rounding_seed(device)
+            self._seeds[device] = node
+        return self._seeds[device]
 
     def _in_forward(self, node: fx.Node) -> fx.Node:
         """The forward's node of this name; computed anew where the forward had no use for it."""

@@ -74,9 +74,7 @@ def test_levels_from_a_sample_take_three_small_kernels(activation: Callable[[Ten
     )
     assert len(sampled.forward) == len(typical.forward) + 3
     assert len(sampled.backward) == len(typical.backward)
-    *fitting, encoding = sampled.forward
-    assert all(kernel.stores <= 2 for kernel in fitting)
-    assert encoding.stores == 1 + 3
+    assert sampled.forward[-1].stores == 1 + 3
 
 
 SURROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {

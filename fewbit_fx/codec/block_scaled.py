@@ -22,9 +22,13 @@ Shares of a whole, such as probabilities, are not negative, and many are next to
 
     j = round((2^b - 1) c x / s)                            x ~ j s / ((2^b - 1) c)
 
-Zeros and signs of all else are exact: whatever compares x with 0 in the backward decides as in the forward. (A number
-1e35 times smaller than its block's largest may lose its sign.) In a block with an infinity, all is infinite but zeros:
-a mask of 0 and -inf is exact. In a block with NaN, all is NaN but zeros.
+With stochastic rounding, intervals are equally wide at all bits. Magnitudes are rounded up or down to the middle of an
+interval, or to 0, at random, such that the mean over all seeds is x: c is a little smaller, so that nothing lies beyond
+the last middle. Small numbers may then become 0.
+
+Zeros and, if rounded to the nearest, signs of all else are exact: whatever compares x with 0 in the backward decides as
+in the forward. (A number 1e35 times smaller than its block's largest may lose its sign.) In a block with an infinity,
+all is infinite but zeros: a mask of 0 and -inf is exact. In a block with NaN, all is NaN but zeros.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ import torch
 from torch import Tensor
 
 from fewbit_fx.codec.bitplanes import PlaneLayout, plane_layout
+from fewbit_fx.codec.dither import uniform
 from fewbit_fx.codec.packing import blocks_per_group, field_widths, pack, unpack
 
 SCALE_DTYPE = torch.bfloat16
@@ -48,7 +53,9 @@ _LEAST_SCALE = 1e-30  # blocks of smaller numbers are stored as if this were the
 _MOST_SCALE = torch.finfo(SCALE_DTYPE).max  # in place of an infinite scale where 1 / s is computed
 
 
-def encode_values(x: Tensor, bits: int, layout: PlaneLayout, shares: bool = False) -> list[Tensor]:
+def encode_values(
+    x: Tensor, bits: int, layout: PlaneLayout, shares: bool = False, seed: Tensor | None = None
+) -> list[Tensor]:
     """The codes of a tensor.
 
     Args:
@@ -56,6 +63,7 @@ def encode_values(x: Tensor, bits: int, layout: PlaneLayout, shares: bool = Fals
         bits: Bits per element, 2 to 8.
         layout: The layout of its blocks, :func:`block_layout`.
         shares: Whether its elements are shares of a whole, from 0 to 1.
+        seed: For stochastic rounding (``dither.rounding_seed``); None rounds to the nearest.
 
     Returns:
         For each part of the layout the packed codes (``packing``), and then the scales, bfloat16 of shape
@@ -66,7 +74,10 @@ def encode_values(x: Tensor, bits: int, layout: PlaneLayout, shares: bool = Fals
         wide = _in_blocks(part).to(torch.float32)
         scale = (wide.abs().amax(-1, keepdim=True) * _SHRINK).clamp_min(_LEAST_SCALE).to(SCALE_DTYPE)
         divisor = scale.to(torch.float32).clamp_max(_MOST_SCALE)
-        codes = _nearest_share(wide, divisor, bits) if shares else _interval(wide, divisor, bits)
+        if seed is not None:
+            codes = _stochastic(wide, divisor, bits, shares, _in_blocks(uniform(seed, x, part)))
+        else:
+            codes = _nearest_share(wide, divisor, bits) if shares else _interval(wide, divisor, bits)
         saved += [*pack(codes, bits), scale]
     return saved
 
@@ -78,6 +89,25 @@ def _in_blocks(part: Tensor) -> Tensor:
 
 def _nearest_share(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (blocks * (_reach_of_shares(bits) / scale)).round() - 2.0 ** (bits - 1)
+
+
+def _stochastic(blocks: Tensor, scale: Tensor, bits: int, shares: bool, dither: Tensor) -> Tensor:
+    """The code of a value next to each element, at random.
+
+    Args:
+        blocks: The elements.
+        scale: Of each block.
+        bits: Bits per element.
+        shares: Whether values are even from 0 on, and not 0 and the middles of intervals.
+        dither: A number from 0 to 1 for each element.
+    """
+    place = blocks.abs() * (_stochastic_reach(bits, shares) / scale)
+    if shares:
+        return (place + dither).floor() - 2.0 ** (bits - 1)
+    # Of middles k + 1/2, the one above place is taken with the probability place - (k + 1/2); below 1/2, it is that
+    # of 0 and 1/2: 2 place.
+    interval = (torch.minimum(place - 0.5, 2 * place - 1) + dither).floor().clamp_max(_zero(bits) - 1)
+    return torch.where(interval < 0, _zero(bits), torch.where(blocks < 0, -1 - interval, interval))
 
 
 def _interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -98,7 +128,12 @@ def _bent_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def decode_values(
-    saved: Sequence[Tensor], bits: int, layout: PlaneLayout, like: Tensor, shares: bool = False
+    saved: Sequence[Tensor],
+    bits: int,
+    layout: PlaneLayout,
+    like: Tensor,
+    shares: bool = False,
+    stochastic: bool = False,
 ) -> Tensor:
     """The tensor that codes stand for.
 
@@ -108,24 +143,36 @@ def decode_values(
         layout: The layout of the blocks.
         like: A tensor of the shape and dtype of what was encoded; only these are read.
         shares: As it was encoded.
+        stochastic: Whether it was encoded with a seed.
 
     Returns:
         Tensor of that shape and dtype.
     """
     each = saved_per_part(bits, like.device)
-    parts = [_decoded(saved[i : i + each], bits, shares).to(like.dtype) for i in range(0, len(saved), each)]
+    of_part = _decoded_stochastic if stochastic else _decoded
+    parts = [of_part(saved[i : i + each], bits, shares, like.dtype) for i in range(0, len(saved), each)]
     return layout.join(parts, like)
 
 
-def _decoded(saved: Sequence[Tensor], bits: int, shares: bool) -> Tensor:
-    """One part, in blocks, float32."""
+def _decoded(saved: Sequence[Tensor], bits: int, shares: bool, dtype: torch.dtype) -> Tensor:
+    """One part, in blocks."""
     *packed, scale = saved
     code = unpack(packed, bits)
     unit = scale.to(torch.float32)
     if shares:
-        return (code + 2.0 ** (bits - 1)) * (unit * (1 / _reach_of_shares(bits)))
+        return ((code + 2.0 ** (bits - 1)) * (unit * (1 / _reach_of_shares(bits)))).to(dtype)
     values = _of_even(code, unit, bits) if bits >= _EVEN_BITS else _of_bent(code, unit, bits)
-    return torch.where(code == _zero(bits), 0.0, values)
+    return torch.where(code == _zero(bits), 0.0, values).to(dtype)
+
+
+def _decoded_stochastic(saved: Sequence[Tensor], bits: int, shares: bool, dtype: torch.dtype) -> Tensor:
+    *packed, scale = saved
+    code = unpack(packed, bits)
+    place = code + 2.0 ** (bits - 1) if shares else torch.where(code == _zero(bits), 0.0, code + 0.5)
+    unit = scale.to(torch.float32)
+    values = place / _stochastic_reach(bits, shares) * unit
+    most = torch.finfo(dtype).max  # the last value is a little above the largest element, which may be this
+    return torch.where(unit.abs() < float("inf"), values.clamp(-most, most), values).to(dtype)
 
 
 def _of_even(code: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -158,6 +205,11 @@ def _zero(bits: int) -> float:
 def _reach_of_shares(bits: int) -> float:
     """(2^b - 1) c: the largest element is next to the last level, whatever way the scale was rounded (1 in 256)."""
     return (2.0**bits - 1 - 0.6 * 2.0 ** (bits - 8)) * _SHRINK
+
+
+def _stochastic_reach(bits: int, shares: bool) -> float:
+    """The place of the largest element among values: below the last one, whatever way the scale was rounded."""
+    return (2.0**bits - 1 if shares else _zero(bits) - 0.5) * (1 - 2**-7) * _SHRINK
 
 
 def _reach(bits: int) -> float:

@@ -83,6 +83,22 @@ def flipping(x: Tensor, flips: Sequence[tuple[Tensor, Tensor]], signs: bool, sta
     return functools.reduce(torch.bitwise_xor, [c(v, t) for c, (v, t) in zip(compare, flips, strict=True)])
 
 
+def bits_of_rank(x: Tensor, compared: Tensor, thresholds: Sequence[Tensor], signs: bool) -> list[Tensor]:
+    """The bits of the Gray code of how many thresholds a tensor is above, the most significant first.
+
+    Args:
+        x: What the bits are of.
+        compared: What is compared.
+        thresholds: Ascending, 2^b - 1 tensors of the dtype of ``compared``, scalars or one number for each element.
+        signs: Whether to answer by the signs of int32.
+    """
+    bits, step = [], len(thresholds) + 1
+    while step > 1:  # each bit flips at every other of the thresholds at which none before it does
+        bits.append(flipping(x, [(compared, t) for t in thresholds[step // 2 - 1 :: step]], signs))
+        step //= 2
+    return bits
+
+
 def encode(
     x: Tensor, bits_of: BitsOf, layout: PlaneLayout, guarded: bool = False, mirrored: bool = False
 ) -> list[Tensor]:

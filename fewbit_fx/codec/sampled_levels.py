@@ -17,24 +17,28 @@ import enum
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 
 import torch
 from torch import Tensor
 
 from fewbit_fx.codebooks.fitting import gray_code
 from fewbit_fx.codec.bitplanes import PlaneLayout
-from fewbit_fx.codec.encode_decode import at_least_float32, decode_and_multiply, encode, flipping, takes_signs
+from fewbit_fx.codec.encode_decode import (
+    at_least_float32,
+    bits_of_rank,
+    decode_and_multiply,
+    encode,
+    flipping,
+    takes_signs,
+)
 from fewbit_fx.codec.nonfinite import Undefined, is_finite
+from fewbit_fx.codec.spread import elements_all_over
 
-MOST_BITS = 4  # a threshold takes a comparison for each element
-
+EXPONENT = 2 / 3
 _SAMPLE, _ANCHORS = 480, 16  # with anchors on both sides as many as Inductor sorts within a kernel of a GPU
 _NEAREST, _PER_OCTAVE = 0.25, 2  # of anchors, which so reach from 0.25 to 45
 _SHARE = 0.6  # of what the rises of f' within the sample sum to, those beyond it have so much at most
 _NO_WEIGHT = 1e-6  # an anchor is a level only where it is alone
-# Multiples of the golden ratio, and of roots of primes, spread evenly; in units of 2^-32.
-_STRIDES = (0x9E3779B1, 0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A)
 
 
 class Axis(enum.Enum):
@@ -78,6 +82,7 @@ class SampledScheme:
     relative_error: float
 
     levels = ()  # none that are known before a tensor is
+    seeded = False
 
     @property
     def table_numel(self) -> int:
@@ -128,12 +133,12 @@ class SampledScheme:
         def slope(points: Tensor) -> Tensor:
             if self.axis is Axis.DERIVATIVE:
                 return points
-            return _finite(at_least_float32(derivative(points.to(x.dtype))))
+            return finite(at_least_float32(derivative(points.to(x.dtype))))
 
         number = torch.arange(len(points), device=x.device)
         following = points[(number + 1).clamp(max=len(points) - 1)]
         values = slope(points)
-        sums = _sums_of_rises(points, following, (slope(following) - values).abs() ** (2 / 3), weights)
+        sums = _sums_of_rises(points, following, (slope(following) - values).abs() ** EXPONENT, weights)
         # All that follows is of shape (intervals, points), so that a GPU has one kernel for it.
         rank = _from_gray_code(torch.arange(self._intervals, device=x.device)).unsqueeze(-1)
         step, is_first, is_last = sums[-1] / self._intervals, rank == 0, rank == self._intervals - 1
@@ -164,12 +169,12 @@ class SampledScheme:
         """The sample and the anchors, ascending along the axis, and their weights."""
         one_side = self.axis in (Axis.MAGNITUDE, Axis.SIDES)
         number = torch.arange(_SAMPLE + (_ANCHORS if one_side else 2 * _ANCHORS), device=x.device)
-        drawn = _finite(_elements(x, number))
+        drawn = finite(at_least_float32(elements_all_over(x, number)))
         distance = _NEAREST * torch.exp2(((number - _SAMPLE) % _ANCHORS).to(drawn.dtype) / _PER_OCTAVE)
         anchors = torch.where(number < _SAMPLE + _ANCHORS, distance, -distance)
         points = torch.where(number < _SAMPLE, drawn.abs() if one_side else drawn, anchors)
         if self.axis is Axis.DERIVATIVE:
-            points = _finite(at_least_float32(derivative(points.to(x.dtype))))
+            points = finite(at_least_float32(derivative(points.to(x.dtype))))
         points, order = torch.sort(points)
         return points, torch.where(order < _SAMPLE, torch.ones_like(points), _NO_WEIGHT)
 
@@ -180,11 +185,8 @@ class SampledScheme:
         if self.mirrored:
             wide = at_least_float32(x)
             bits.append(flipping(x, [(wide, torch.zeros((), dtype=wide.dtype, device=x.device))], signs))
-        step = self._intervals
-        while step > 1:  # a bit of a Gray code flips at every other of the thresholds at which none before it does
-            flips = [(compared, lower[gray_code(rank)]) for rank in range(step // 2, self._intervals, step)]
-            bits.append(flipping(x, flips, signs))
-            step //= 2
+        thresholds = [lower[gray_code(rank)] for rank in range(1, self._intervals)]
+        bits += bits_of_rank(x, compared, thresholds, signs)
         if self.undefined is None:
             return bits
         if self.axis is Axis.DERIVATIVE:
@@ -192,14 +194,8 @@ class SampledScheme:
         return [*bits, self.undefined.spares(at_least_float32(x), signs)]
 
 
-def _elements(x: Tensor, number: Tensor) -> Tensor:
-    """Elements from all over a tensor, the same for each number, in float32 or float64."""
-    # Multiples of a stride, modulo 1 in units of 2^-32, spread over each dimension.
-    where = tuple((number * stride) % 2**32 * size >> 32 for size, stride in zip(x.shape, cycle(_STRIDES)))
-    return at_least_float32(x[where] if where else x.expand(len(number)))
-
-
-def _finite(x: Tensor) -> Tensor:
+def finite(x: Tensor) -> Tensor:
+    """The tensor with zeros in place of what is not finite."""
     return torch.where(x.abs() < float("inf"), x, 0.0)
 
 

@@ -25,10 +25,12 @@ from fewbit_fx.codec.encode_decode import (
     takes_signs,
 )
 from fewbit_fx.codec.nonfinite import Undefined, find_undefined, is_finite
-from fewbit_fx.codec.sampled_levels import MOST_BITS, Axis, SampledScheme
-from fewbit_fx.config import FewBitConfig
+from fewbit_fx.codec.sampled_levels import Axis, SampledScheme
+from fewbit_fx.codec.stochastic_levels import StochasticScheme
+from fewbit_fx.config import MOST_BITS_OF_SAMPLED_LEVELS, FewBitConfig
 from fewbit_fx.torch_private.modes import real_mode
 
+_INFINITY = np.float32(np.inf)
 _FAR, _POINTS = 1e3, 4097  # of the grid on which a symmetry is looked for
 _ALIKE = 1e-6  # relative to the largest derivative
 _FINEST = 2**14  # points that stand for the density of typical x
@@ -53,6 +55,7 @@ class CodingScheme:
     mirrored: bool = False
 
     table_numel = 0  # nothing is saved beside the planes
+    seeded = False
 
     @property
     def code_bits(self) -> int:
@@ -107,7 +110,7 @@ class CodingScheme:
         return [*bits, self.undefined.spares(at_least_float32(x), takes_signs(x, compiled))]
 
 
-Scheme = CodingScheme | SampledScheme
+Scheme = CodingScheme | SampledScheme | StochasticScheme
 
 
 def fit_scheme(derivative: Function, bits: int) -> CodingScheme:
@@ -134,7 +137,7 @@ def choose_scheme(derivative: Function, bits: int) -> Scheme:
     """
     typical = sample_derivative(derivative, Typical())
     fixed = _fit_to(derivative, typical, bits)
-    if bits > MOST_BITS or fixed.relative_error < EXACT:
+    if bits > MOST_BITS_OF_SAMPLED_LEVELS or fixed.relative_error < EXACT:
         return fixed
     axis, centre = _symmetry_of(derivative, bits)
     axes = [Axis.DERIVATIVE] if has_jumps(derivative, typical.x) else [axis, Axis.DERIVATIVE]
@@ -144,6 +147,26 @@ def choose_scheme(derivative: Function, bits: int) -> Scheme:
         if error <= _MUCH_WORSE * fixed.relative_error:
             return replace(sampled, relative_error=error)
     return fixed
+
+
+def stochastic_scheme(derivative: Function, bits: int) -> Scheme:
+    """Levels between which values are rounded at random; a codebook where that is exact.
+
+    Raises as :func:`fit_scheme` does.
+    """
+    typical = sample_derivative(derivative, Typical())
+    fixed = _fit_to(derivative, typical, bits)
+    if fixed.relative_error < EXACT:
+        return fixed
+    values = np.concatenate([typical.values, derivative(symmetric_grid(_FAR, _POINTS))])
+    low, high = np.nextafter(np.float32(values.min()), -_INFINITY), np.nextafter(np.float32(values.max()), _INFINITY)
+    scheme = StochasticScheme(bits, (float(low), float(high)), fixed.guarded, math.inf)
+    x, of_tensor = _typical_tensor(typical), _on_tensors(derivative)
+    with real_mode(), torch.no_grad():
+        exact, levels = of_tensor(x), scheme.fit(x, of_tensor)
+        above = torch.bucketize(exact, levels).clamp(1, len(levels) - 1)
+        variance = (exact - levels[above - 1]) * (levels[above] - exact)  # of a choice between two, by their distances
+        return replace(scheme, relative_error=float(variance.sum().sqrt() / exact.norm()))
 
 
 def _symmetry_of(derivative: Function, bits: int) -> tuple[Axis, float]:
@@ -161,13 +184,19 @@ def _symmetry_of(derivative: Function, bits: int) -> tuple[Axis, float]:
 
 def _error_for(scheme: SampledScheme, derivative: Function, typical: Sample) -> float:
     """The relative error for a tensor of typical pre-activations."""
-    shares = (np.arange(_FINEST) + 0.5) / _FINEST
-    x = typical.x[np.searchsorted(np.cumsum(typical.weights), shares).clip(max=len(typical.x) - 1)]
-
-    def of_tensor(points: Tensor) -> Tensor:
-        return torch.from_numpy(np.array(derivative(points.numpy())))
-
+    x, of_tensor = _typical_tensor(typical), _on_tensors(derivative)
     with real_mode(), torch.no_grad():
-        exact = of_tensor(torch.from_numpy(x))
-        coded = scheme.coded(torch.from_numpy(x), of_tensor)
-        return float((coded - exact).norm() / exact.norm())
+        exact = of_tensor(x)
+        return float((scheme.coded(x, of_tensor) - exact).norm() / exact.norm())
+
+
+def _typical_tensor(typical: Sample) -> Tensor:
+    """As many x of each kind as the weights say."""
+    shares = (np.arange(_FINEST) + 0.5) / _FINEST
+    positions = np.searchsorted(np.cumsum(typical.weights), shares).clip(max=len(typical.x) - 1)
+    with real_mode():
+        return torch.from_numpy(typical.x[positions])
+
+
+def _on_tensors(derivative: Function) -> Callable[[Tensor], Tensor]:
+    return lambda points: torch.from_numpy(np.array(derivative(points.numpy())))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fewbit_fx.codebooks.activations import is_affine
-from fewbit_fx.codebooks.sampling import NotCodableError, symmetric_grid
+from fewbit_fx.codebooks.sampling import Function, NotCodableError, symmetric_grid
 from fewbit_fx.codec.bitplanes import PlaneLayout
-from fewbit_fx.codec.scheme import Scheme, choose_scheme, fit_scheme
+from fewbit_fx.codec.scheme import Scheme, choose_scheme, fit_scheme, stochastic_scheme
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.sizes import statically_known_true
 
@@ -26,6 +26,12 @@ from .stored_in_planes import StoredInPlanes
 
 SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="derivatives")
 PRODUCT, LOSS, PERHAPS_LOSS = Reason(Cause.PRODUCT), Reason(Cause.LOSS), Reason(Cause.PERHAPS_LOSS)
+_CHOICES: dict[tuple[str, str], Callable[[Function, int], Scheme]] = {
+    ("nearest", "sampled"): choose_scheme,
+    ("nearest", "typical"): fit_scheme,
+    ("stochastic", "sampled"): stochastic_scheme,
+    ("stochastic", "typical"): stochastic_scheme,
+}
 _NEAR_ZERO = np.array([-1e-8, 1e-8])
 _WIDE, _POINTS = 100.0, 1001
 _NEARLY_NOTHING = 1e-3  # share of the largest derivative, less than the codes of any bits can tell from 0
@@ -39,9 +45,14 @@ class EncodeDerivative(Encode):
     scheme: Scheme
     layout: PlaneLayout
 
-    def __call__(self, value: Tensor) -> list[Tensor]:
+    @property
+    def seeded(self) -> bool:  # type: ignore[override]
+        """Whether codes are chosen at random."""
+        return self.scheme.seeded
+
+    def __call__(self, value: Tensor, *seed: Tensor) -> list[Tensor]:
         """The planes, int32, and levels, floating point."""
-        return self.scheme.encode(value, self.derivative, self.layout)
+        return self.scheme.encode(value, self.derivative, self.layout, *seed)
 
 
 @dataclass(frozen=True)
@@ -110,8 +121,9 @@ def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | Non
         return Exact(PRODUCT)
     if not config.derivatives:
         return Exact(SWITCHED_OFF)
-    sampled = config.levels == "sampled" and statically_known_true(value_of(site.stored).numel() > 0)
-    scheme = fitted_scheme(site.derivative, config.bits, sampled)
+    has_a_sample = statically_known_true(value_of(site.stored).numel() > 0)
+    choose = _CHOICES[config.rounding, config.levels] if has_a_sample else fit_scheme
+    scheme = fitted_scheme(site.derivative, config.bits, choose)
     if isinstance(scheme, Exact):
         return scheme
     error = scheme.relative_error
@@ -126,16 +138,16 @@ def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | Non
 
 
 @functools.lru_cache(maxsize=1024)  # layers share their derivative, and models their activations
-def fitted_scheme(derivative: Derivative, bits: int, sampled: bool) -> Scheme | Exact:
+def fitted_scheme(derivative: Derivative, bits: int, choose: Callable[[Function, int], Scheme]) -> Scheme | Exact:
     """How a derivative is coded, or why it cannot be; found once per derivative and process.
 
     Args:
         derivative: The derivative.
         bits: Bits per code.
-        sampled: Whether levels are fitted to a sample of each tensor where they can be.
+        choose: What finds a scheme.
     """
     try:
-        return (choose_scheme if sampled else fit_scheme)(derivative.evaluated, bits)
+        return choose(derivative.evaluated, bits)
     except NotCodableError as error:
         return Exact(PRODUCT if is_affine(derivative.evaluated) else Reason.of(Cause.NOT_CODABLE, problem=str(error)))
     except NotEvaluableError as error:

@@ -26,7 +26,7 @@ class Pack(Encode):
 
     layout: PlaneLayout
 
-    def __call__(self, value: Tensor) -> list[Tensor]:
+    def __call__(self, value: Tensor, *seed: Tensor) -> list[Tensor]:
         """The planes, int32."""
         return encode(value, lambda blocks: [blocks], self.layout)
 

@@ -20,10 +20,15 @@ class Encode(ABC):
 
     A frozen dataclass of all that it computes with. It is traced into the forward, and equal ones share a trace,
     and the saved tensors too where the value is one node's.
+
+    Attributes:
+        seeded: Whether it is given a seed behind the value, the result of ``dither.rounding_seed``.
     """
 
+    seeded = False
+
     @abstractmethod
-    def __call__(self, value: Tensor) -> list[Tensor]:
+    def __call__(self, value: Tensor, *seed: Tensor) -> list[Tensor]:
         """The saved tensors."""
 
 

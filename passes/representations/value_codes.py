@@ -27,6 +27,8 @@ from .stored_in_planes import StoredInPlanes, decoded_alone
 
 # Root mean square of the error over that of the values, for a normal distribution; by bits.
 NORMAL_ERROR = {2: 0.51, 3: 0.202, 4: 0.0912, 5: 0.0429, 6: 0.0204, 7: 0.011, 8: 0.0055}
+# The same with stochastic rounding.
+STOCHASTIC_ERROR = {2: 0.953, 3: 0.324, 4: 0.14, 5: 0.0655, 6: 0.0318, 7: 0.0158, 8: 0.0077}
 _OPTIONS = {Reader.NORM: "norm_bits", Reader.SOFTMAX: "softmax_bits"}
 
 
@@ -37,10 +39,11 @@ class EncodeValues(Encode):
     bits: int
     layout: PlaneLayout
     shares: bool
+    seeded: bool
 
-    def __call__(self, value: Tensor) -> list[Tensor]:
+    def __call__(self, value: Tensor, *seed: Tensor) -> list[Tensor]:
         """The codes, uint8 or bit planes, and the scales, bfloat16."""
-        return encode_values(value, self.bits, self.layout, self.shares)
+        return encode_values(value, self.bits, self.layout, self.shares, *seed)
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,20 @@ class DecodeValues(Decode):
         layout: The layout of the blocks.
         like: The description of the tensor (``splice.description``).
         shares: Whether it holds shares of a whole.
+        stochastic: Whether it was rounded with a seed.
         tensor: The fake tensor, for its sizes. It is not compared, because they are in the description.
     """
 
     bits: int
     layout: PlaneLayout
     shares: bool
+    stochastic: bool
     like: tuple[object, ...]
     tensor: Tensor = field(compare=False)
 
     def __call__(self, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> Tensor:
         """The values."""
-        return decode_values(saved, self.bits, self.layout, self.tensor, self.shares)
+        return decode_values(saved, self.bits, self.layout, self.tensor, self.shares, self.stochastic)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class ValueCodes(StoredInPlanes):
 
     site: ValueSite
     bits_per_element: int
+    stochastic: bool = False
     form = "values"
 
     @property
@@ -97,17 +103,18 @@ class ValueCodes(StoredInPlanes):
     @property
     def encode(self) -> EncodeValues:
         """Encode the values."""
-        return EncodeValues(self.bits, self.layout, self.site.shares)
+        return EncodeValues(self.bits, self.layout, self.site.shares, self.stochastic)
 
     @property
     def decode(self) -> DecodeValues:
         """Decode them."""
-        return DecodeValues(self.bits, self.layout, self.site.shares, description(self.site.node), self.value)
+        like = description(self.site.node)
+        return DecodeValues(self.bits, self.layout, self.site.shares, self.stochastic, like, self.value)
 
     @property
     def relative_error(self) -> float:
         """Predicted for a normal distribution."""
-        return NORMAL_ERROR[self.bits]
+        return (STOCHASTIC_ERROR if self.stochastic else NORMAL_ERROR)[self.bits]
 
 
 def propose_value_codes(site: Site, config: FewBitConfig) -> Decision | None:
@@ -123,4 +130,4 @@ def propose_value_codes(site: Site, config: FewBitConfig) -> Decision | None:
     dtype = value_of(site.node).dtype
     if dtype not in CODED_DTYPES:
         return Exact(Reason.of(Cause.DTYPE, dtype=str(dtype).removeprefix("torch.")))
-    return decoded_alone(ValueCodes(site, bits))
+    return decoded_alone(ValueCodes(site, bits, config.rounding == "stochastic"))

@@ -1,0 +1,69 @@
+"""Uniform numbers for stochastic rounding, made without a random number generator.
+
+A number is a hash of a seed and of the place of its element, so that the forward's dropout draws what it draws without
+fewbit. The seed is made anew in each step and for each tensor, of two parts: one of torch.manual_seed and of the rank,
+read when the compiled code runs, and one of the tensor itself, the bits of 256 of its elements. So the same seed and
+the same data give the same codes, also where a step is computed again; steps, tensors and ranks differ, also where a
+CUDA graph is replayed.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from fewbit_fx.codec.spread import elements_all_over
+
+_ELEMENTS = 256
+_WORD = 2**32 - 1
+# Below 2^31, so that a word times one of them is less than 2^63. The last two are after the hash "lowbias32".
+_PLACES = (0x1E3779B1, 0x2545F491, 0x3C6EF372 | 1, 0x5851F42D, 0x4F1BBCDD, 0x6C078965)
+_FIRST, _SECOND = 0x7FEB352D, 0x046CA68B
+
+
+@torch.library.custom_op("fewbit_fx::rounding_seed", mutates_args=())
+def rounding_seed(device: torch.device) -> Tensor:
+    """What torch.manual_seed was last given, and the rank, as a scalar tensor, int64, on a device.
+
+    An operator of its own, because a graph would hold a constant. It does not advance any generator.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else 0
+    return torch.full((), (torch.initial_seed() + rank * _PLACES[0]) & _WORD, dtype=torch.int64, device=device)
+
+
+@rounding_seed.register_fake
+def _(device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+def uniform(seed: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """Numbers from 0 to 1, 1 excluded, a multiple of 2^-24 for each element.
+
+    Args:
+        seed: The result of :func:`rounding_seed`.
+        x: The tensor that is rounded.
+        like: A tensor of the shape of the result, x in blocks.
+
+    Returns:
+        float32.
+    """
+    place = _hash(seed + _of_data(x))
+    for size, step, d in zip(like.shape, cycle(_PLACES), range(like.dim())):
+        place = place + (torch.arange(size, device=x.device) * step).view(-1, *[1] * (like.dim() - 1 - d))
+    return (_hash(place & _WORD) >> 8).to(torch.float32) * 2.0**-24
+
+
+def _of_data(x: Tensor) -> Tensor:
+    number = torch.arange(_ELEMENTS, device=x.device)
+    bits = elements_all_over(x, number).to(torch.float32).view(torch.int32).to(torch.int64) & _WORD
+    return _hash((bits + number * _PLACES[1]) & _WORD).sum()
+
+
+def _hash(word: Tensor) -> Tensor:
+    """A word of 32 bits, as int64, to another. No product overflows, which would be undefined in C++."""
+    word = ((word ^ (word >> 16)) & _WORD) * _FIRST & _WORD
+    word = (word ^ (word >> 15)) * _SECOND & _WORD
+    return word ^ (word >> 16)
