@@ -25,6 +25,7 @@ from fewbit_fx.conversion import convert  # noqa: E402
 from fewbit_fx.dynamo.bisector import Bisection, bisect  # noqa: E402
 from fewbit_fx.dynamo.explainer import explain  # noqa: E402
 from fewbit_fx.dynamo.fewbit_backend import FewBitBackend, backend, fewbit, last_report  # noqa: E402
+from fewbit_fx.dynamo.verifier import Verification, Watch, verify  # noqa: E402
 from fewbit_fx.reporting.report import Report  # noqa: E402
 from fewbit_fx.torch_private.dynamo import register_backend  # noqa: E402
 
@@ -36,6 +37,8 @@ __all__ = [
     "FewBitConfig",
     "NotCodableError",
     "Report",
+    "Verification",
+    "Watch",
     "backend",
     "bisect",
     "codebook",
@@ -47,6 +50,7 @@ __all__ = [
     "functions",
     "last_report",
     "nn",
+    "verify",
 ]
 
 if not entry_points(group="torch_dynamo_backends", name="fewbit"):  # run from a checkout, not installed

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fewbit_fx
-from bench import block, comparison, compile_time, convergence, demo, measure, operator, step
+from bench import bias, block, comparison, compile_time, convergence, demo, measure, operator, step
 from bench.backends import BACKENDS, BUDGETED, FEWBIT, INDUCTOR, backend_of, saved_bytes_within_budget
 from bench.compile_time import Compilation
 from bench.language_models import LANGUAGE_MODELS, language_model
@@ -23,7 +23,7 @@ from bench.training import Batch, Runner
 from fewbit_fx import FewBitConfig
 from fewbit_fx.reporting.words import action
 
-COMMANDS = (demo, operator, block, step, compile_time, convergence)
+COMMANDS = (demo, operator, block, step, compile_time, convergence, bias)
 MAINS = {command.__name__.removeprefix("bench."): command.main for command in COMMANDS}
 
 
@@ -156,8 +156,10 @@ def test_a_fresh_process_hands_back_the_json_that_it_prints(tmp_path: Path) -> N
 def test_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "keep_freed_memory", lambda: False)  # it would stay so for other tests
     flags = "--functions gelu relu+dropout --dtypes bfloat16 --sizes 2**13 --bits 3 --seconds 0.01"
-    gelu, coded_gelu, dropout, coded_dropout = run("operator", flags, tmp_path)["rows"]
     n = 2**13
+    gelu, sampled_gelu, coded_gelu, dropout, coded_dropout = run("operator", flags, tmp_path)["rows"]
+    assert (sampled_gelu["levels"], coded_gelu["levels"]) == ("sampled", "typical")
+    assert sampled_gelu["saved_bytes"] == n * 3 // 8 + 16
     assert (gelu["backend"], gelu["bits"], gelu["saved"], gelu["saved_bytes"]) == ("inductor", None, ["x"], 2 * n)
     assert coded_gelu["saved"] == ["gelu: coded in 3 bits"]
     assert coded_gelu["saved_bytes"] == n * 3 // 8
@@ -410,3 +412,25 @@ def test_kernels_of_a_gpu_are_counted_and_compiled(tmp_path: Path) -> None:
             assert fewbit[direction]["spilled_bytes"] == 0
             assert 0 < fewbit[direction]["registers"] <= 255
         assert fewbit["forward"]["stores"] == plain["forward"]["stores"] + 3, "a store for each plane"
+
+
+def test_bias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bias, "LAYERS", 1)
+    few = [s for s in bias.settings() if (s.sites, s.bits) in (("derivatives", 3), ("norms", 4), ("values", 4))]
+    monkeypatch.setattr(bias, "settings", lambda: iter(few))
+    rows = run("bias", "--models vit --steps 1 --batches 3", tmp_path)["rows"]
+    assert [(r["sites"], r["bits"], r["rounding"]) for r in rows] == [(s.sites, s.bits, s.rounding) for s in few]
+    by_rounding = {(r["sites"], r["rounding"]): r for r in rows}
+    for sites in ("norms", "values"):
+        nearest, stochastic = (by_rounding[sites, rounding] for rounding in ("nearest", "stochastic"))
+        assert stochastic["bias"] < nearest["bias"] < 1
+    assert (tmp_path / "bias.png").stat().st_size > 10_000
+
+
+def test_bias_and_scatter_of_known_errors() -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(200, 1000)  # of variance 1 in each parameter
+    error = 0.3 + 0.1 * torch.randn(200, 1000)
+    row = bias.row_of("gpt", next(bias.settings()), exact, exact + error)
+    assert row.bias == pytest.approx(0.3, rel=0.02)
+    assert row.scatter == pytest.approx(0.1, rel=0.02)

@@ -46,9 +46,10 @@ def test_the_default_density_is_uniform_where_the_function_varies() -> None:
     assert book.levels == pytest.approx(expected.levels, abs=1e-3)
 
 
-def test_the_backend_uses_the_typical_density() -> None:
+def test_the_backend_can_use_the_typical_density() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.SiLU(), torch.nn.Linear(64, 8).requires_grad_(False))
-    site, *_ = fewbit_fx.explain(model, torch.randn(128, 32)).sites
+    config = fewbit_fx.FewBitConfig(levels="typical")
+    site, *_ = fewbit_fx.explain(model, torch.randn(128, 32), fewbit_config=config).sites
     assert site.levels == pytest.approx(fewbit_fx.codebook("silu", 3, "typical").levels, abs=1e-9)
 
 

@@ -74,6 +74,8 @@ def namespace() -> dict[str, Any]:
         "fewbit_fx": fewbit_fx,
         "model": model,
         "inputs": torch.randn(128, 32),
+        "targets": torch.randint(8, (128,)),
+        "loss_function": nn.functional.cross_entropy,
         "x": torch.randn(128, 32, requires_grad=True),
         "my_function": torch.atan,
         "pre_activations": torch.randn(1000),

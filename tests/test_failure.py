@@ -102,7 +102,13 @@ def test_the_cache_key_covers_sources_and_options() -> None:
     assert key() == key()
     keys = [key(), key(bits=2), key(min_numel=1), key(max_relative_error=0.1), key(derivatives=False), key(masks=False)]
     keys += [key(strict=True), key(skip=("head",)), key(disable="gain"), key(recipe="lean"), key(recompute=False)]
-    keys += [key(value_bits=4), key(norm_bits=4), key(softmax_bits=4)]
+    keys += [
+        key(value_bits=4),
+        key(norm_bits=4),
+        key(softmax_bits=4),
+        key(levels="typical"),
+        key(rounding="stochastic"),
+    ]
     assert len(set(keys)) == len(keys) == 1 + len(fewbit_fx.FewBitConfig.option_names())
 
 

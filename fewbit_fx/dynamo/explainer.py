@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
 
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.dynamo.listener import Listener
-from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.dynamo.partitioned_run import partitioned, undisturbed
 from fewbit_fx.reporting.report import Report
-from fewbit_fx.torch_private.frames import with_own_code_object
-from fewbit_fx.torch_private.inductor import partition_only
-from fewbit_fx.torch_private.tensors import kept_by_their_makers
 
 
 def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig | None = None, **kwargs: Any) -> Report:
@@ -46,31 +41,6 @@ def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig |
         bytes saved for backward: torch.compile 32,768   fewbit 3,088   (-90.6%)
     """
     listener = Listener()
-    config = fewbit_config or FewBitConfig()
-
-    def partition(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        kept = kept_by_their_makers(gm, example_inputs)
-        partitioner = FewBitPartitioner(config, listener.record, kept, observe=listener.observe)
-        return partition_only(gm, example_inputs, partitioner)
-
-    original = getattr(model, "_orig_mod", model)
-    devices = range(torch.cuda.device_count())
-    with _unchanged_buffers(original), torch.random.fork_rng(devices), torch.enable_grad():
-
-        def explained(*args: Any, **kwargs: Any) -> Any:
-            return original(*args, **kwargs)
-
-        torch.compile(with_own_code_object(explained), backend=partition)(*args, **kwargs)
+    with undisturbed(model), torch.enable_grad():
+        partitioned(model, fewbit_config or FewBitConfig(), listener)(*args, **kwargs)
     return Report(tuple(listener.records))
-
-
-@contextlib.contextmanager
-def _unchanged_buffers(model: Callable[..., Any]) -> Iterator[None]:
-    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
-    before = [b.detach().clone() for b in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
