@@ -133,8 +133,8 @@ def verify(
     Example:
         >>> import torch, fewbit_fx
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.GELU(), torch.nn.Linear(256, 8))
-        >>> x, y = torch.randn(128, 32), torch.randint(8, (128,))
-        >>> loss = lambda model, x, y: torch.nn.functional.cross_entropy(model(x), y)
+        >>> x, y = torch.randn(128, 32), torch.randn(128, 8)
+        >>> loss = lambda model, x, y: (model(x) - y).square().mean()
         >>> found = fewbit_fx.verify(model, x, y, loss=loss)
         >>> found.loss_identical, found.relative_error < 0.02, found.share_of_noise < 0.1
         (True, True, True)
