@@ -113,13 +113,14 @@ def test_more_bits_are_less_error(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_shares_of_a_whole(bits: int) -> None:
-    """Within half of a step between 2^b levels; what is next to nothing becomes nothing."""
+    """Within a step between 2^b levels, whatever way the scale is rounded."""
     x = torch.cat(
         [(torch.randn(4097, 1024) * 5).softmax(-1), torch.linspace(0.5, 1, 4097).unsqueeze(-1).expand(-1, 32)], -1
     )
     layout = block_layout(x, bits)
-    decoded = decode_values(encode_values(x, bits, layout, shares=True), bits, layout, x, shares=True)
+    codes = encode_values(x, bits, layout, torch.tensor(7), shares=True)
+    decoded = decode_values(codes, bits, layout, x, stochastic=True, shares=True)
     largest = x.view(4097, -1, 32).amax(-1, keepdim=True)
     error = (decoded - x).view(4097, -1, 32).abs() / largest
-    assert (error <= 0.505 / (2**bits - 1.5)).all()
+    assert (error <= 1.02 / (2**bits - 1)).all()  # a hundredth for the scale's rounding, and for c
     assert (decoded >= 0).all()

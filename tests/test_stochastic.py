@@ -94,8 +94,8 @@ def test_decoded_values_are_right_on_average(bits: int, shares: bool) -> None:
     x = x.softmax(-1) if shares else x
     layout, decoded = block_layout(x, bits), []
     for seed in range(SEEDS):
-        codes = encode_values(x, bits, layout, shares, torch.tensor(seed))
-        decoded.append(decode_values(codes, bits, layout, x, shares, stochastic=True))
+        codes = encode_values(x, bits, layout, torch.tensor(seed), shares)
+        decoded.append(decode_values(codes, bits, layout, x, stochastic=True, shares=shares))
     found = torch.stack(decoded).double()
     # A scale of 32 neighbours, as it is stored; the places of values as the module has them.
     scale = codes[-1].double().reshape(-1).repeat_interleave(32).view(x.shape)

@@ -169,3 +169,19 @@ def test_watch_measures_in_its_turn_and_warns_beyond_the_bound() -> None:
     strict = fewbit_fx.Watch(model, bound=1e-6, loss=squares)
     with pytest.warns(UserWarning, match=r"fewbit-fx at step 0: Codes change .* worst are [\w.]+, "):
         strict(*data)
+
+
+def test_a_gradient_that_is_mere_rounding_does_not_lead_the_table() -> None:
+    class Keys(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(32, 64) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (f(x).view(4, 64, 2, 32).transpose(1, 2) for f in (self.q, self.k, self.v))
+            return F.scaled_dot_product_attention(q, k, v).square().mean()
+
+    torch.manual_seed(0)
+    found = fewbit_fx.verify(Keys(), torch.randn(4, 64, 32), fewbit_config=fewbit_fx.FewBitConfig(recipe="lean"))
+    assert found.share_of_noise is None  # the model knows the size of its batch
+    assert found.parameters[-1].name == "k.bias"  # what it adds to all scores of a query, softmax takes away

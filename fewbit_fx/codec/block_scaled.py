@@ -17,14 +17,12 @@ degrees of freedom). c is below 1 for two reasons. It keeps the largest element,
 last interval. And it puts that element above the interval's middle, so that what is finite is decoded to what is
 finite: masks of attention have the lowest number of a dtype.
 
-Shares of a whole, such as probabilities, are not negative, and many are next to nothing. They take the nearest of
-2^b even levels from 0 on, at all bits:
-
-    j = round((2^b - 1) c x / s)                            x ~ j s / ((2^b - 1) c)
-
 With stochastic rounding, intervals are equally wide at all bits. Magnitudes are rounded up or down to the middle of an
 interval, or to 0, at random, such that the mean over all seeds is x: c is a little smaller, so that nothing lies beyond
-the last middle. Small numbers may then become 0.
+the last middle. Small numbers may then become 0. Shares of a whole, such as probabilities, are always rounded so: the
+nearest of even levels would be 0 for most of them. They are not negative, and take 2^b even levels from 0 on:
+
+    j = floor((2^b - 1) c x / s + u)                        x ~ j s / ((2^b - 1) c)
 
 Zeros and, if rounded to the nearest, signs of all else are exact: whatever compares x with 0 in the backward decides as
 in the forward. (A number 1e35 times smaller than its block's largest may lose its sign.) In a block with an infinity,
@@ -54,7 +52,7 @@ _MOST_SCALE = torch.finfo(SCALE_DTYPE).max  # in place of an infinite scale wher
 
 
 def encode_values(
-    x: Tensor, bits: int, layout: PlaneLayout, shares: bool = False, seed: Tensor | None = None
+    x: Tensor, bits: int, layout: PlaneLayout, seed: Tensor | None = None, shares: bool = False
 ) -> list[Tensor]:
     """The codes of a tensor.
 
@@ -62,8 +60,8 @@ def encode_values(
         x: A tensor of any shape, of one of ``CODED_DTYPES``.
         bits: Bits per element, 2 to 8.
         layout: The layout of its blocks, :func:`block_layout`.
-        shares: Whether its elements are shares of a whole, from 0 to 1.
         seed: For stochastic rounding (``dither.rounding_seed``); None rounds to the nearest.
+        shares: Whether its elements are shares of a whole, from 0 to 1, to be rounded with a seed.
 
     Returns:
         For each part of the layout the packed codes (``packing``), and then the scales, bfloat16 of shape
@@ -77,7 +75,7 @@ def encode_values(
         if seed is not None:
             codes = _stochastic(wide, divisor, bits, shares, _in_blocks(uniform(seed, x, part)))
         else:
-            codes = _nearest_share(wide, divisor, bits) if shares else _interval(wide, divisor, bits)
+            codes = _interval(wide, divisor, bits)
         saved += [*pack(codes, bits), scale]
     return saved
 
@@ -85,10 +83,6 @@ def encode_values(
 def _in_blocks(part: Tensor) -> Tensor:
     """Groups of blocks, shape (..., blocks, 32), of a part of a layout, shape (..., 32, blocks)."""
     return part.reshape(*part.shape[:-2], part.shape[-1], part.shape[-2])
-
-
-def _nearest_share(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return (blocks * (_reach_of_shares(bits) / scale)).round() - 2.0 ** (bits - 1)
 
 
 def _stochastic(blocks: Tensor, scale: Tensor, bits: int, shares: bool, dither: Tensor) -> Tensor:
@@ -132,8 +126,8 @@ def decode_values(
     bits: int,
     layout: PlaneLayout,
     like: Tensor,
-    shares: bool = False,
     stochastic: bool = False,
+    shares: bool = False,
 ) -> Tensor:
     """The tensor that codes stand for.
 
@@ -142,27 +136,27 @@ def decode_values(
         bits: Bits per element.
         layout: The layout of the blocks.
         like: A tensor of the shape and dtype of what was encoded; only these are read.
-        shares: As it was encoded.
         stochastic: Whether it was encoded with a seed.
+        shares: As it was encoded.
 
     Returns:
         Tensor of that shape and dtype.
     """
     each = saved_per_part(bits, like.device)
-    of_part = _decoded_stochastic if stochastic else _decoded
-    parts = [of_part(saved[i : i + each], bits, shares, like.dtype) for i in range(0, len(saved), each)]
+    each_saved = [saved[i : i + each] for i in range(0, len(saved), each)]
+    if stochastic:
+        return layout.join([_decoded_stochastic(part, bits, shares, like.dtype) for part in each_saved], like)
+    parts = [_decoded(part, bits).to(like.dtype) for part in each_saved]
     return layout.join(parts, like)
 
 
-def _decoded(saved: Sequence[Tensor], bits: int, shares: bool, dtype: torch.dtype) -> Tensor:
-    """One part, in blocks."""
+def _decoded(saved: Sequence[Tensor], bits: int) -> Tensor:
+    """One part, in blocks, float32."""
     *packed, scale = saved
     code = unpack(packed, bits)
     unit = scale.to(torch.float32)
-    if shares:
-        return ((code + 2.0 ** (bits - 1)) * (unit * (1 / _reach_of_shares(bits)))).to(dtype)
     values = _of_even(code, unit, bits) if bits >= _EVEN_BITS else _of_bent(code, unit, bits)
-    return torch.where(code == _zero(bits), 0.0, values).to(dtype)
+    return torch.where(code == _zero(bits), 0.0, values)
 
 
 def _decoded_stochastic(saved: Sequence[Tensor], bits: int, shares: bool, dtype: torch.dtype) -> Tensor:
@@ -200,11 +194,6 @@ def saved_per_part(bits: int, device: torch.device) -> int:
 def _zero(bits: int) -> float:
     """The code of 0, which is also L of the module's text."""
     return 2.0 ** (bits - 1) - 1
-
-
-def _reach_of_shares(bits: int) -> float:
-    """(2^b - 1) c: the largest element is next to the last level, whatever way the scale was rounded (1 in 256)."""
-    return (2.0**bits - 1 - 0.6 * 2.0 ** (bits - 8)) * _SHRINK
 
 
 def _stochastic_reach(bits: int, shares: bool) -> float:

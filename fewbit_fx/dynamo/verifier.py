@@ -22,6 +22,7 @@ Gradients = dict[str, Tensor]
 # Verdicts, by the error as a share of the noise between batches; without one, by that of the gradient itself.
 _SMALL, _LARGE = 0.1, 0.5
 _SHOWN = 8  # parameters in a table
+_ROUNDING = 1e-6  # a share of the whole gradient below which one parameter's is rounding of float32
 _EXACT = FewBitConfig(recipe="exact", recompute=False, masks=False)
 
 
@@ -49,7 +50,7 @@ class Verification:
     """One step with codes against the same step without.
 
     Attributes:
-        parameters: All that have a gradient, the worst first.
+        parameters: All that have a gradient, the worst first; at the end those whose gradient is mere rounding.
         relative_error: Of all gradients as one vector.
         share_of_noise: Of that vector: 0.1 is a tenth of what another batch of this size changes the gradient by. None
             where no other batch is known.
@@ -148,8 +149,9 @@ def verify(
         for name, gradient in exact.gradients.items()
     ]
     total, of_noise = _errors(exact.gradients, coded.gradients, noise)
+    negligible = _negligible(exact.gradients)
     return Verification(
-        tuple(sorted(parameters, key=lambda p: -_worse(p))),
+        tuple(sorted(parameters, key=lambda p: (p.name in negligible, -_worse(p)))),
         total,
         of_noise,
         coded.bytes_before,
@@ -275,7 +277,10 @@ def _noise(
     halves = _halves(args, kwargs)
     if halves is None:
         return None
-    first, second = (step(_EXACT, *half).gradients for half in halves)
+    try:
+        first, second = (step(_EXACT, *half).gradients for half in halves)
+    except Exception:  # whatever a model raises that knows the size of its batch
+        return None
     # The difference of halves has four times the variance of their mean.
     return {name: float((first[name] - second[name]).float().norm()) / 2 for name in exact}
 
@@ -312,6 +317,12 @@ def _errors(exact: Gradients, coded: Gradients, noise: Mapping[str, float] | Non
     error = math.hypot(*(float((coded[name] - g).float().norm()) for name, g in exact.items()))
     size = math.hypot(*(float(g.float().norm()) for g in exact.values()))
     return (error / size if size else 0.0), _ratio(error, None if noise is None else math.hypot(*noise.values()))
+
+
+def _negligible(gradients: Gradients) -> set[str]:
+    """Parameters whose gradient is 0 but for rounding, as that of a key's bias: softmax does not see it."""
+    norms = {name: float(g.float().norm()) for name, g in gradients.items()}
+    return {name for name, norm in norms.items() if norm <= _ROUNDING * math.hypot(*norms.values())}
 
 
 def _ratio(error: float, noise: float | None) -> float | None:

@@ -43,7 +43,7 @@ class EncodeValues(Encode):
 
     def __call__(self, value: Tensor, *seed: Tensor) -> list[Tensor]:
         """The codes, uint8 or bit planes, and the scales, bfloat16."""
-        return encode_values(value, self.bits, self.layout, self.shares, *seed)
+        return encode_values(value, self.bits, self.layout, seed[0] if self.seeded else None, self.shares)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DecodeValues(Decode):
 
     def __call__(self, inputs: Sequence[Tensor], saved: Sequence[Tensor]) -> Tensor:
         """The values."""
-        return decode_values(saved, self.bits, self.layout, self.tensor, self.shares, self.stochastic)
+        return decode_values(saved, self.bits, self.layout, self.tensor, self.stochastic, self.shares)
 
 
 @dataclass(frozen=True)
@@ -130,4 +130,6 @@ def propose_value_codes(site: Site, config: FewBitConfig) -> Decision | None:
     dtype = value_of(site.node).dtype
     if dtype not in CODED_DTYPES:
         return Exact(Reason.of(Cause.DTYPE, dtype=str(dtype).removeprefix("torch.")))
-    return decoded_alone(ValueCodes(site, bits, config.rounding == "stochastic"))
+    # Rounded to the nearest, all small probabilities of a row would become 0, and the gradient of its logits wrong in
+    # one direction: twice as much as it is scattered (bench.bias). At random it has no bias, and scatters no more.
+    return decoded_alone(ValueCodes(site, bits, stochastic=site.shares or config.rounding == "stochastic"))
