@@ -171,7 +171,8 @@ class _Rewriter:
         assert node.op == "call_function", f"the forward lacks its input {node.name}"
         inputs = {n: self._in_forward(n) for n in node.all_input_nodes}
         graph = self._partition.forward.graph
-        with graph.inserting_before(after(max(inputs.values()))):
+        last = max(inputs.values()) if inputs else placeholders(graph)[-1]  # a constant has no inputs
+        with graph.inserting_before(after(last)):
             copied = graph.node_copy(node, lambda n: inputs[n])
         self._forward[node.name] = copied
         return copied

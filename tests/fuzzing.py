@@ -1,0 +1,344 @@
+"""Random models, and what must hold for each: never more bytes, never another gradient than the codes' own.
+
+A model is a list of steps, each of which makes a tensor of one shape out of two earlier ones. Its gradient is compared
+with a replay: torch.compile's own forward and backward graph, run node by node in eager PyTorch, in which each coded
+site is given what its codes decode to. So what is tested is all that lies between codes and gradient: which sites are
+found, which graphs are cut and rewritten, what is shared, dropped and computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from helpers import check_sums
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from fewbit_fx.codec.dither import rounding_seed
+from fewbit_fx.config import FewBitConfig
+from fewbit_fx.passes.graph import output_values, placeholders
+from fewbit_fx.passes.partition import Partition
+from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.passes.pipeline import Work
+from fewbit_fx.passes.record import GraphRecord
+from fewbit_fx.passes.representations import Exact, Representation
+from fewbit_fx.torch_private.inductor import partition_only
+
+BATCH, TOKENS, WIDTH, HEADS, CLASSES = 2, 32, 64, 4, 16
+CLOSE = 1e-4  # of a gradient: what float32 rounds differently where strides, and so the order of sums, differ
+
+Function = Callable[..., Tensor]
+
+UNARY: dict[str, Function] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "sin": torch.sin,
+    "softplus": F.softplus,
+    "elu": F.elu,
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "abs": torch.abs,
+    "square": torch.square,
+    "bell": lambda a: torch.exp(-a.square()),
+    "clamp": lambda a: a.clamp(-1, 1),
+    "dropout": lambda a: F.dropout(a, 0.2),
+    "softmax": lambda a: a.softmax(-1),
+    "centre": lambda a: a - a.mean(-1, keepdim=True),
+    "norm": lambda a: a / (1 + a.square().mean(-1, keepdim=True)).sqrt(),
+    "turn": lambda a: a.transpose(1, 2).reshape(a.shape),
+    "half": lambda a: a.half().to(a.dtype),
+    "narrow": lambda a: 0.01 * a,
+    "in place": lambda a: a.clone().mul_(2).relu_(),
+}
+BINARY: dict[str, Function] = {
+    "add": torch.add,
+    "subtract": torch.sub,
+    "multiply": torch.mul,
+    "halves": lambda a, b: torch.cat([a[..., WIDTH // 2 :], b[..., : WIDTH // 2]], -1),
+    "where": lambda a, b: torch.where(a > 0, a, b),
+    "maximum": torch.maximum,
+    "scale": lambda a, b: a * torch.sigmoid(b.mean(1, keepdim=True)),
+    "attention": lambda a, b: _attention(a, b),
+    "gated": lambda a, b: F.silu(a) * b,
+}
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(WIDTH, WIDTH),
+    "conv": lambda: nn.Conv1d(TOKENS, TOKENS, 3, padding=1),
+    "layer_norm": lambda: nn.LayerNorm(WIDTH),
+    "rms_norm": lambda: nn.RMSNorm(WIDTH),
+    "batch_norm": lambda: nn.BatchNorm1d(TOKENS),
+    "prelu": nn.PReLU,
+}
+OPERATIONS = (*UNARY, *BINARY, *MODULES)
+
+
+def _attention(a: Tensor, b: Tensor) -> Tensor:
+    heads = [t.view(BATCH, TOKENS, HEADS, -1).transpose(1, 2) for t in (a, b, a + b)]
+    return F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(a.shape)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of a random model.
+
+    Attributes:
+        operation: Its name.
+        first, second: How many tensors back its operands are.
+        trained: Whether the module's parameters are trained.
+        checkpointed: Whether torch computes it again in the backward.
+    """
+
+    operation: str
+    first: int
+    second: int
+    trained: bool
+    checkpointed: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random model, and the options to compile it with.
+
+    Attributes:
+        steps: Of the model.
+        outputs: How many of the last tensors it returns.
+        loss: What becomes of them: ``sum``, ``squares`` or ``cross entropy``.
+        config: Options of fewbit.
+        budget: torch's activation memory budget.
+        dtype: Of parameters and inputs.
+    """
+
+    steps: tuple[Step, ...]
+    outputs: int
+    loss: str
+    config: FewBitConfig
+    budget: float
+    dtype: torch.dtype
+
+
+class RandomModel(nn.Module):
+    """The model of a case, that returns its losses."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.parts = nn.ModuleList(
+            MODULES[s.operation]().requires_grad_(s.trained) if s.operation in MODULES else nn.Identity()
+            for s in case.steps
+        )
+
+    def forward(self, x: Tensor, classes: Tensor) -> tuple[Tensor, ...]:
+        values = [x, self.first(x)]
+        for step, part in zip(self.case.steps, self.parts, strict=True):
+            a, b = (values[-1 - back % len(values)] for back in (step.first, step.second))
+            function = _function_of(step, part)
+            made = checkpoint(function, a, b, use_reentrant=False) if step.checkpointed else function(a, b)
+            values.append(made)
+        return tuple(_loss(self.case.loss, value, classes) for value in values[-self.case.outputs :])
+
+
+def _function_of(step: Step, part: nn.Module) -> Function:
+    if step.operation in UNARY:
+        return lambda a, b: UNARY[step.operation](a)
+    return BINARY[step.operation] if step.operation in BINARY else lambda a, b: part(a)
+
+
+def _loss(name: str, value: Tensor, classes: Tensor) -> Tensor:
+    if name == "cross entropy":
+        return F.cross_entropy(value[..., :CLASSES].flatten(0, 1).float(), classes.flatten())
+    return value.square().sum() if name == "squares" else value.sum()
+
+
+def steps() -> st.SearchStrategy[Step]:
+    """One step; checkpoints are rare."""
+    back, rarely = st.integers(0, 5), st.sampled_from([False] * 7 + [True])
+    return st.builds(Step, st.sampled_from(OPERATIONS), back, back, st.booleans(), rarely)
+
+
+def configs() -> st.SearchStrategy[FewBitConfig]:
+    """Options; sizes of codes from the least to the most."""
+    bits = st.sampled_from([None, 2, 4, 5, 6, 8])
+    return st.builds(
+        FewBitConfig,
+        recipe=st.sampled_from(["exact", "derivatives", "default", "lean"]),
+        bits=st.integers(1, 4),
+        levels=st.sampled_from(["sampled", "typical"]),
+        rounding=st.sampled_from(["nearest", "stochastic"]),
+        value_bits=bits,
+        norm_bits=bits,
+        softmax_bits=bits,
+        recompute=st.booleans(),
+        masks=st.booleans(),
+        min_numel=st.just(0),
+        max_relative_error=st.just(10.0),
+        strict=st.just(True),
+    )
+
+
+def cases() -> st.SearchStrategy[Case]:
+    """A model with its options."""
+    return st.builds(
+        Case,
+        st.lists(steps(), min_size=1, max_size=10).map(tuple),
+        st.integers(1, 2),
+        st.sampled_from(["sum", "squares", "cross entropy"]),
+        configs(),
+        st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.0]),
+        st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+    )
+
+
+def check(case: Case) -> None:
+    """Compile the model of a case up to and with the partition, and check what must hold."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = RandomModel(case).to(case.dtype)
+    x, classes = torch.randn(BATCH, TOKENS, WIDTH).to(case.dtype), torch.randint(CLASSES, (BATCH, TOKENS))
+    works: list[Work] = []
+    records: list[GraphRecord] = []
+    given: list[Any] = []
+
+    def observe(work: Work) -> None:
+        works.append(work)
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        given[:] = inputs
+        return partition_only(gm, inputs, FewBitPartitioner(case.config, records.append, observe=observe))
+
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    with torch._functorch.config.patch(activation_memory_budget=case.budget):
+        torch.manual_seed(1)
+        try:
+            losses = torch.compile(model, backend=backend, dynamic=False)(x, classes)
+        except Exception:
+            if not _compiles_without(model, x, classes):
+                return  # a limit of torch itself, such as dropout within a checkpoint around a whole graph
+            raise
+    if not works:
+        return  # nothing to train
+    (work,), (record,) = works, records
+    trained = [i for i, t in enumerate(given) if isinstance(t, Tensor) and t.requires_grad]
+    found = torch.autograd.grad(sum(losses), [given[i] for i in trained], allow_unused=True)
+    assert record.fewbit_bytes <= record.plain_bytes
+    check_sums(record)
+    check_interface(work.chosen)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    outputs, expected = replay(work, given)
+    for mine, theirs in zip(losses, outputs, strict=False):
+        assert torch.equal(mine, theirs), "the forward is the same, bit for bit"
+    for i, gradient in zip(trained, found, strict=True):
+        assert_same(gradient, expected[i], case.dtype)
+
+
+def _compiles_without(model: nn.Module, *inputs: Tensor) -> bool:
+    """Whether torch's own partitioner compiles the model."""
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return partition_only(gm, inputs, None)
+
+    torch.compiler.reset()
+    try:
+        torch.compile(model, backend=backend, dynamic=False)(*inputs)
+    except Exception:
+        return False
+    return True
+
+
+def check_interface(partition: Partition) -> None:
+    """What the forward saves is what the backward takes. Names may differ: torch calls the state of a generator so."""
+    returned = output_values(partition.forward.graph)[partition.num_fwd_outputs :]
+    taken = placeholders(partition.backward.graph)[: len(returned)]
+    for given, expected in zip(returned, taken, strict=True):
+        one, other = given.meta["val"], expected.meta["val"]
+        assert isinstance(one, Tensor) == isinstance(other, Tensor)
+        if isinstance(one, Tensor):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def assert_same(mine: Tensor | None, theirs: Tensor | None, dtype: torch.dtype) -> None:
+    """Equal but for rounding, and not finite in the same places."""
+    if mine is None or theirs is None:
+        present = mine if mine is not None else theirs
+        assert present is None or not present.any(), "one of both has no gradient"
+        return
+    mine, theirs = mine.double(), theirs.double()
+    finite = theirs.isfinite()
+    assert torch.equal(mine.isfinite(), finite)
+    close = CLOSE if dtype == torch.float32 else 2e-2
+    assert (mine - theirs)[finite].norm() <= close * theirs[finite].norm() + 1e-30
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the value of each node by name."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n.name] = self.made(n, super().run_node(n))
+        return self.values[n.name]
+
+    def made(self, node: fx.Node, value: Any) -> Any:
+        return value
+
+
+class _Replay(_Recorder):
+    """Runs a backward in which each coded site is given what its codes decode to."""
+
+    def __init__(self, work: Work, forward: dict[str, Any]) -> None:
+        super().__init__(work.plain.backward)
+        self._forward = forward
+        self._coded = {
+            site.replaced.name: decision for site, decision in work.plan.items() if not isinstance(decision, Exact)
+        }
+
+    def made(self, node: fx.Node, value: Any) -> Any:
+        if node.name not in self._coded:
+            return value
+        coded: Representation = self._coded[node.name]
+        stored = self._forward[coded.site.stored.name]
+        seed = [rounding_seed(stored.device)] if coded.encode.seeded else []
+        inputs = [self.values[n.name] for n in coded.site.coded_inputs]
+        return coded.decode(inputs, coded.encode(stored, *seed))
+
+
+def replay(work: Work, inputs: list[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The outputs, and a gradient for each input, by the plain graphs and the codes of the plan."""
+    with torch.no_grad():
+        torch.manual_seed(1)
+        forward = _Recorder(work.plain.forward)
+        results = forward.run(*inputs)
+        _joint_values(work, forward.values)
+        outputs, saved = results[: work.plain.num_fwd_outputs], results[work.plain.num_fwd_outputs :]
+        losses = [t for t in outputs if isinstance(t, Tensor) and t.dim() == 0 and t.is_floating_point()]
+        backward = _Replay(work, forward.values)
+        taken = sum(n.op == "placeholder" for n in work.plain.backward.graph.nodes) - len(saved)
+        gradients = backward.run(*saved, *(torch.ones_like(t) for t in losses[:taken]))
+    return losses, list(gradients)
+
+
+def _joint_values(work: Work, values: dict[str, Any]) -> None:
+    """Add what codes are made of that the forward had no use for, as a view of a saved tensor."""
+
+    def value_of(node: fx.Node) -> Any:
+        if node.name not in values:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+            assert callable(node.target)
+            values[node.name] = node.target(*args, **kwargs)
+        return values[node.name]
+
+    for site, decision in work.plan.items():
+        if not isinstance(decision, Exact):
+            value_of(site.stored)
