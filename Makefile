@@ -1,5 +1,6 @@
 # make demo       train a small GPT with and without fewbit (about 8 minutes)
 # make test       the tests
+# make fuzz       2,000 random models (FUZZ=200 make fuzz: fewer)
 # make lint       ruff and mypy
 # make results    the README's tables, made anew from bench/results (measures nothing)
 # Another torch: TORCH=2.15.0 make test (in a virtual environment of its own)
@@ -10,8 +11,9 @@ PYTHON ?= python3
 VENV := .venv$(if $(TORCH),-torch$(TORCH))
 BIN := $(VENV)/bin
 FLAGS ?=
+FUZZ ?= 2000
 
-.PHONY: demo test lint results
+.PHONY: demo test fuzz lint results
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -20,6 +22,10 @@ demo: $(VENV)/installed
 # Two processes, for a test mostly waits for one C++ compiler. OpenMP's threads of both would wait for each other busily.
 test: $(VENV)/installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal $(FLAGS)
+
+# Each time with other models; a failure shrinks, and prints how to run it again.
+fuzz: $(VENV)/installed
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-show-statistics $(FLAGS)
 
 results: $(VENV)/installed
 	$(BIN)/python -m bench.readme_tables

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench import convergence_table, demo_table, saved_table, speed_table
+from bench import bias_table, convergence_table, demo_table, saved_table, speed_table
 from bench.machine import CHECKOUT
 from bench.result_file import File
 
@@ -22,6 +22,7 @@ RESULTS = CHECKOUT / "bench/results"
 BEGIN, END = "<!-- results: ", "<!-- end of results -->"
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[File]], Iterator[str]]]] = {
     "demo": ("demo_{device}_.*", demo_table.lines),
+    "bias": ("bias_{device}", bias_table.lines),
     "convergence": ("convergence_{device}_.*", convergence_table.lines),
     "saved": ("saved_{device}", saved_table.lines),
     "speed": (f"({'|'.join(speed_table.RATIOS)}).*_{{device}}", speed_table.lines),
