@@ -71,7 +71,7 @@ def test_imports_go_one_way(path: Path) -> None:
 def test_the_check_sees_imports() -> None:
     assert {"torch_private", "config"} <= own_layers(ROOT / "passes/partitioner.py")
     assert "fewbit_fx.passes.graph" in imports(ROOT / "passes/gain.py")
-    assert "passes" in own_layers(ROOT / "fewbit_fx/dynamo/explainer.py")
+    assert "passes" in own_layers(ROOT / "fewbit_fx/dynamo/partitioned_run.py")
 
 
 def private_uses(path: Path) -> list[str]:

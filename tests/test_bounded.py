@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import watch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -71,15 +71,20 @@ def test_no_constant_makes_an_unbounded_derivative_bounded(name: str, c: float, 
 
 
 @settings(max_examples=25, deadline=None)
+@example(c=1.0, a=1.6512298162538207e-59, on_tanh=True)
 @given(c=SCALE, a=st.floats(-50, 50), on_tanh=st.booleans())
 def test_a_weak_pole_is_found_wherever_it_lies(c: float, a: float, on_tanh: bool) -> None:
-    """log|x - a| is 7 in size at the grid's nearest point: no more than others are. Far out it has gone."""
+    """log|x - a| is 7 in size at the grid's nearest point: no more than others are. Far out it has gone.
+
+    Within 1e-50 of 0, where the grid has a point of its own, the value there says that no interval shows the range.
+    """
 
     def function(x: Tensor) -> Tensor:
         pole = (x - a) * torch.log((x - a).abs()) * torch.exp(-((x - a) ** 2))
         return c * (torch.tanh(x) + pole if on_tanh else pole)
 
-    with pytest.raises(NotCodableError, match="its derivative grows without bound near a point"):
+    refusal = "its derivative (grows without bound near a point|changes beyond any interval)"
+    with pytest.raises(NotCodableError, match=refusal):
         sample_derivative(derivative_of(function), Typical())
 
 
