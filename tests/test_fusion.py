@@ -65,14 +65,14 @@ def test_gelu_between_linear_layers(dtype: torch.dtype, bits: int) -> None:
 
 
 @pytest.mark.parametrize("activation", [F.gelu, F.elu], ids=["gelu", "elu"])
-def test_levels_from_a_sample_take_three_small_kernels(activation: Callable[[Tensor], Tensor]) -> None:
-    """The sample, sorted; the sums; the levels. The rest is as it is with levels that are known before."""
+def test_levels_from_a_sample_take_four_small_kernels(activation: Callable[[Tensor], Tensor]) -> None:
+    """The sample, sorted; the rises of f'; their sums; the levels. The rest is as with levels that are known before."""
     model, shape = mlp(activation, frozen=True), (2048, 256)
     typical, sampled = (
         generate(model, shape, torch.bfloat16, FewBitConfig(recipe="derivatives", levels=levels, strict=True))
         for levels in ("typical", "sampled")
     )
-    assert len(sampled.forward) == len(typical.forward) + 3
+    assert len(sampled.forward) == len(typical.forward) + 4
     assert len(sampled.backward) == len(typical.backward)
     assert sampled.forward[-1].stores == 1 + 3
 

@@ -138,10 +138,12 @@ class SampledScheme:
         number = torch.arange(len(points), device=x.device)
         following = points[(number + 1).clamp(max=len(points) - 1)]
         values = slope(points)
-        sums = _sums_of_rises(points, following, (slope(following) - values).abs() ** EXPONENT, weights)
-        # All that follows is of shape (intervals, points), so that a GPU has one kernel for it.
+        rises = (slope(following) - values).abs() ** EXPONENT
+        sums, shape = sums_up_to_each(rises), (self._intervals, len(points))
+        # All that follows is of that shape, also where rows are the same: a GPU has one kernel for it then.
+        sums = _with_limited_tails(rises.expand(shape), sums.expand(shape), weights == 1)
         rank = _from_gray_code(torch.arange(self._intervals, device=x.device)).unsqueeze(-1)
-        step, is_first, is_last = sums[-1] / self._intervals, rank == 0, rank == self._intervals - 1
+        step, is_first, is_last = sums[:, -1:] / self._intervals, rank == 0, rank == self._intervals - 1
         first = torch.where(is_first, 0, 1 + (sums < rank * step).sum(-1, keepdim=True))
         behind = 1 + (sums < (rank + 1) * step).sum(-1, keepdim=True)
         lower = torch.where(is_first, -float("inf"), _middle_before(first, number, points))
@@ -199,24 +201,31 @@ def finite(x: Tensor) -> Tensor:
     return torch.where(x.abs() < float("inf"), x, 0.0)
 
 
-def _sums_of_rises(points: Tensor, following: Tensor, rises: Tensor, weights: Tensor) -> Tensor:
-    """What the rises sum to up to each point, with a limited share of those beyond the sample.
+def sums_up_to_each(values: Tensor) -> Tensor:
+    """Cumulative sums of a few numbers, shape (n,).
+
+    As n sums of n numbers: of torch's own there is no deterministic kernel on a GPU, and Inductor does not fuse them on
+    a CPU.
+    """
+    number = torch.arange(len(values), device=values.device)
+    return torch.where(number <= number.unsqueeze(-1), values, 0.0).sum(-1)
+
+
+def _with_limited_tails(rises: Tensor, sums: Tensor, is_sample: Tensor) -> Tensor:
+    """Sums of rises with a limited share of those before and behind the sample.
 
     Args:
-        points: The sample and the anchors, ascending, shape (n,).
-        following: The one after each.
-        rises: From each to that.
-        weights: Of the points.
+        rises: From each point to the next, in rows that are all the same, shape (intervals, n).
+        sums: Of them up to each point, likewise.
+        is_sample: Whether a point is of the sample and no anchor, shape (n,).
     """
-    is_sample = weights == 1
-    low, high = (
-        torch.where(is_sample, points, float("inf")).amin(),
-        torch.where(is_sample, points, -float("inf")).amax(),
-    )
-    within = (points >= low) & (following <= high)
-    own, beyond = torch.where(within, rises, 0.0), torch.where(within, 0.0, rises)
-    share = (_SHARE * own.sum() / beyond.sum()).clamp(max=1)  # a ratio of 0 and 0 multiplies zeros only
-    return torch.cumsum(own + torch.where(beyond > 0, share * beyond, 0.0), 0)
+    before = sums - rises
+    low = torch.where(is_sample, before, float("inf")).amin(-1, keepdim=True)  # at the first element of the sample
+    high = torch.where(is_sample, before, -float("inf")).amax(-1, keepdim=True)  # at the last
+    own = torch.minimum(torch.maximum(sums, low), high) - low
+    beyond = sums - own
+    share = (_SHARE * (high - low) / (sums[:, -1:] - (high - low))).clamp(max=1)  # 0 by 0 multiplies zeros only
+    return own + torch.where(beyond > 0, share * beyond, 0.0)
 
 
 def _middle_before(position: Tensor, number: Tensor, points: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from fewbit_fx.codec.bitplanes import PlaneLayout
 from fewbit_fx.codec.dither import uniform
 from fewbit_fx.codec.encode_decode import at_least_float32, bits_of_rank, decode_and_multiply, encode, takes_signs
 from fewbit_fx.codec.nonfinite import is_finite
-from fewbit_fx.codec.sampled_levels import EXPONENT, finite
+from fewbit_fx.codec.sampled_levels import EXPONENT, finite, sums_up_to_each
 from fewbit_fx.codec.spread import elements_all_over
 
 _SAMPLE = 512
@@ -77,7 +77,7 @@ class StochasticScheme:
         drawn = torch.where(elements_all_over(x, number).abs() < float("inf"), elements_all_over(x, number), 0.0)
         values, _ = torch.sort(finite(at_least_float32(derivative(drawn))))
         rises = (values[(number + 1).clamp(max=_SAMPLE - 1)] - values) ** EXPONENT
-        before = torch.cumsum(rises, 0) - rises
+        before = sums_up_to_each(rises) - rises
         wanted = before[-1] * ((rank - 1) / max(self.table_numel - 3, 1)).unsqueeze(-1)
         position = (before < wanted).sum(-1, keepdim=True)
         inner = torch.where(number == position, values, 0.0).sum(-1)
