@@ -18,10 +18,11 @@ from .plan import choose
 from .reasons import Cause, Reason
 from .representations import Decision, Exact, Proposal, Representation
 from .rewrite import SiteError, rewrite
+from .same_names import SameNames
 from .site_names import site_names
 from .sites import Site, Unreadable, find_sites, find_values
 
-NOT_SMALLER, DECIDES = Reason(Cause.GRAPHS_NOT_SMALLER), Reason(Cause.DECIDES)
+NOT_SMALLER, DECIDES, RENAMED = map(Reason, (Cause.GRAPHS_NOT_SMALLER, Cause.DECIDES, Cause.RENAMED))
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,11 @@ def find(work: Work) -> Work:
 def represent(work: Work) -> Work:
     """Choose a representation for each site by itself."""
     symbols = work.plain.symbols_in_backward()
-    plan = {site: choose(site, work.config, symbols, work.proposals, name) for site, name in work.sites.items()}
+    same = SameNames(work.joint, work.plain)
+    plan = {
+        site: choose(site, work.config, symbols, work.proposals, name) if same.hold_for(site) else Exact(RENAMED)
+        for site, name in work.sites.items()
+    }
     proposed = {site: done for site, done in plan.items() if not isinstance(done, Exact)}
     return replace(work, plan=plan, proposed=proposed)
 

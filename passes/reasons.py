@@ -20,6 +20,7 @@ class Cause(str, Enum):
     SIZE_NOT_IN_BACKWARD = "size not in backward"
     NO_FULL_BLOCK = "no full block"  # elements
     RECOMPUTED = "recomputed"
+    RENAMED = "renamed"
     EXACT_BY_OPTION = "exact by option"  # option
     DTYPE = "dtype"  # dtype
     DATA = "data"

@@ -4,9 +4,34 @@ from __future__ import annotations
 
 import os
 
-from fuzzing import Case, cases, check
-from hypothesis import HealthCheck, given, settings
+import torch
+from fuzzing import Case, Step, cases, check
+from hypothesis import HealthCheck, example, given, settings
 
+from fewbit_fx.config import FewBitConfig
+
+# Found before, and mended: torch names nodes anew behind the state of a generator; a constant has no inputs.
+ATTENTION_IN_A_CHECKPOINT = Case(
+    (Step("hardswish", 0, 0, True, False), Step("attention", 1, 2, False, True)),
+    outputs=2,
+    loss="squares",
+    config=FewBitConfig(recipe="derivatives", value_bits=2, softmax_bits=2, norm_bits=8, min_numel=0, strict=True),
+    budget=1.0,
+    dtype=torch.bfloat16,
+)
+CONSTANT_THAT_THE_FORWARD_LACKS = Case(
+    (
+        Step("bell", 5, 5, True, False),
+        Step("scale", 1, 0, False, True),
+        Step("leaky_relu", 0, 4, True, False),
+        Step("scale", 1, 0, False, True),
+    ),
+    outputs=1,
+    loss="cross entropy",
+    config=FewBitConfig(value_bits=4, norm_bits=4, softmax_bits=4, recompute=False, min_numel=0, strict=True),
+    budget=1.0,
+    dtype=torch.bfloat16,
+)
 GRAPHS = int(os.environ.get("FUZZ", "40"))
 
 
@@ -18,5 +43,7 @@ GRAPHS = int(os.environ.get("FUZZ", "40"))
     print_blob=True,
 )
 @given(cases())
+@example(ATTENTION_IN_A_CHECKPOINT)
+@example(CONSTANT_THAT_THE_FORWARD_LACKS)
 def test_random_models(case: Case) -> None:
     check(case)

@@ -20,6 +20,7 @@ _BECAUSE = {
     Cause.SIZE_NOT_IN_BACKWARD: "its size follows from a number that the backward is not given",
     Cause.NO_FULL_BLOCK: "its size is symbolic, and its {elements:,} elements do not fill a block of bits",
     Cause.RECOMPUTED: "activation checkpointing computes it again in the backward",
+    Cause.RENAMED: "torch names it anew, to save the state of a random number generator before it",
     Cause.EXACT_BY_OPTION: "the option {option} is None",
     Cause.DTYPE: "its dtype {dtype} has a wider range than the scales of codes",
     Cause.DATA: "it is data, which the caller keeps",
