@@ -56,13 +56,14 @@ def _same(own: dict[str, fx.Node], graph: fx.Graph, inputs: Collection[str]) -> 
     """
     same: set[str] = set()
     for node in graph.nodes:
-        twin = own.get(node.name)
-        if node.op == "placeholder":
-            known = node.name in inputs
-        else:
-            alike = twin is not None and (twin.op, twin.target) == (node.op, node.target)
-            known = alike and [n.name for n in node.all_input_nodes] == [n.name for n in twin.all_input_nodes]
-            known = known and all(n.name in same for n in node.all_input_nodes)
-        if known:
+        known = node.name in inputs if node.op == "placeholder" else _is_alike(node, own.get(node.name))
+        if known and all(n.name in same for n in node.all_input_nodes):
             same.add(node.name)
     return same
+
+
+def _is_alike(node: fx.Node, other: fx.Node | None) -> bool:
+    """Whether two nodes do the same with inputs of the same names."""
+    if other is None or (node.op, node.target) != (other.op, other.target):
+        return False
+    return [n.name for n in node.all_input_nodes] == [n.name for n in other.all_input_nodes]
