@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from bench.bias_plot import save_plot
 from bench.command import Command, count_flag, parser_of
@@ -28,9 +28,8 @@ from bench.measure import flat_gradient
 from bench.training import Batch, Runner
 from bench.vit import ViT, ViTConfig
 from fewbit_fx.config import ROUNDINGS, FewBitConfig
-from fewbit_fx.passes.partitioner import FewBitPartitioner
-from fewbit_fx.passes.record import GraphRecord
-from fewbit_fx.torch_private.inductor import partition_only
+from fewbit_fx.dynamo.listener import Listener
+from fewbit_fx.dynamo.partitioned_run import partitioned
 
 MODELS = (*LANGUAGE_MODELS, "vit")
 SEQUENCES, IMAGES, LAYERS, SEED = 4, 16, 2, 0
@@ -140,13 +139,9 @@ class Subject:
     def coded(self, setting: Setting) -> Tensor | None:
         """Gradients with codes, shape (batches, parameters); None where the setting codes nothing."""
         torch.compiler.reset()
-        records: list[GraphRecord] = []
-
-        def backend(gm: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
-            return partition_only(gm, given, FewBitPartitioner(setting.config, records.append))
-
-        found = self._gradients(torch.compile(self._model, backend=backend, dynamic=False))
-        coded = any(site.relative_error > 0 for record in records for site in record.sites)
+        listener = Listener()
+        found = self._gradients(partitioned(self._model, setting.config, listener))
+        coded = any(site.relative_error > 0 for record in listener.records for site in record.sites)
         return found if coded else None
 
     def _gradients(self, run: Callable[..., Tensor]) -> Tensor:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from helpers import check_sums
 from hypothesis import strategies as st
@@ -28,7 +27,7 @@ from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.pipeline import Work
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.passes.representations import Exact, Representation
-from fewbit_fx.torch_private.inductor import partition_only
+from fewbit_fx.torch_private.inductor import activation_memory_budget, partition_only
 
 BATCH, TOKENS, WIDTH, HEADS, CLASSES = 2, 32, 64, 4, 16
 CLOSE = 1e-4  # of a gradient: what float32 rounds differently where strides, and so the order of sums, differ
@@ -216,7 +215,7 @@ def check(case: Case) -> None:
         return partition_only(gm, inputs, FewBitPartitioner(case.config, records.append, observe=observe))
 
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    with torch._functorch.config.patch(activation_memory_budget=case.budget):
+    with activation_memory_budget(case.budget):
         torch.manual_seed(1)
         try:
             losses = torch.compile(model, backend=backend, dynamic=False)(x, classes)

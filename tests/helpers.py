@@ -170,6 +170,17 @@ def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
 
+class Lambda(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def mlp(activation: nn.Module, width: int = 64, frozen: bool = False) -> nn.Sequential:
     """Linear, activation, linear; ``frozen`` freezes the second linear, so that only f'(x) needs saving."""
     model = nn.Sequential(nn.Linear(32, width), activation, nn.Linear(width, 16))

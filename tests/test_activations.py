@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import STRICT, check_interface, codebook_of, derivative, oracle_factor, watch
+from helpers import STRICT, Lambda, check_interface, codebook_of, derivative, oracle_factor, watch
 from torch import Tensor, nn
 
 import fewbit_fx
@@ -22,15 +22,6 @@ from fewbit_fx.reporting.words import action, because
 
 PLAIN = FewBitConfig(recipe="derivatives", derivatives=False, masks=False, min_numel=0, strict=True)
 UNBOUNDED = Reason.of(Cause.NOT_CODABLE, problem="its derivative grows without bound")
-
-
-class Lambda(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 class SwishByHand(torch.autograd.Function):

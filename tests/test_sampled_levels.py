@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import derivative, gradients, mlp, watch
+from helpers import Lambda, derivative, gradients, mlp, watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -216,7 +216,7 @@ def test_planes_hold_the_level_of_each_element(
 def test_gradients_of_a_graph_are_those_of_the_levels_in_eager_pytorch(name: str, dynamic: bool) -> None:
     torch.manual_seed(0)
     function = {**SMOOTH, **OTHERS}[name]
-    model, x = mlp(_Function(function), frozen=True), torch.randn(128, 32)
+    model, x = mlp(Lambda(function), frozen=True), torch.randn(128, 32)
     model[0].weight.data *= 0.02  # where levels for typical x are 15 % off
     seen = watch(model, x, config=SAMPLED, dynamic=dynamic)
     (site,) = seen.coded
@@ -235,15 +235,6 @@ def test_gradients_of_a_graph_are_those_of_the_levels_in_eager_pytorch(name: str
     exit_gradient = (entry * factor).float()
     for mine, theirs in zip(found, (exit_gradient.T @ x, exit_gradient.sum(0)), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
-
-
-class _Function(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def test_more_than_4_bits_and_exact_masks_save_no_levels() -> None:

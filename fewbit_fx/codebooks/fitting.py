@@ -10,6 +10,7 @@ intervals share a level, and is never worse).
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,7 @@ class Codebook:
         return np.asarray(self.levels)[self.ranks(values)]
 
 
-def bits_for(levels: tuple[float, ...]) -> int:
+def bits_for(levels: Sized) -> int:
     """Bits needed to name one of the levels; at least 1."""
     return max(1, (len(levels) - 1).bit_length())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from fewbit_fx.codebooks.thresholds import Thresholds
 from fewbit_fx.codec.bitplanes import PlaneLayout, bit_weights
 from fewbit_fx.codec.nonfinite import is_marked, mark, reserved_prefix
 
+Level = TypeVar("Level", float, Tensor)
 # From numbers to the bits of their codes, the most significant first: booleans, or the signs of int32.
 BitsOf = Callable[[Tensor], list[Tensor]]
 
@@ -186,7 +188,7 @@ def unpack(planes: Sequence[Tensor], layout: PlaneLayout, guarded: bool) -> list
     return [*bits, layout.spread(is_marked(planes[-1]))] if guarded else bits
 
 
-def by_code(levels: tuple[float, ...]) -> tuple[float, ...]:
+def by_code(levels: tuple[Level, ...]) -> tuple[Level, ...]:
     """A level for every code, those that are never used included."""
     ranks = {gray_code(rank): rank for rank in range(2 ** bits_for(levels))}
     return tuple(levels[min(ranks[code], len(levels) - 1)] for code in range(len(ranks)))

@@ -68,7 +68,7 @@ class SampledScheme:
     """How a derivative is coded with levels from a sample. A code is the Gray code of an interval's rank.
 
     Attributes:
-        code_bits: Bits per code, 1 to :data:`MOST_BITS`. The first may be the side of 0.
+        code_bits: Bits per code, at most ``config.MOST_BITS_OF_SAMPLED_LEVELS``. The first may be the side of 0.
         axis: What is divided.
         sum_of_sides: f'(-x) + f'(x), where the side is told.
         undefined: Which of NaN and the infinities have a derivative that is not finite; None if none has.

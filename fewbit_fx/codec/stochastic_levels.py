@@ -15,10 +15,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fewbit_fx.codebooks.fitting import gray_code
 from fewbit_fx.codec.bitplanes import PlaneLayout
 from fewbit_fx.codec.dither import uniform
-from fewbit_fx.codec.encode_decode import at_least_float32, bits_of_rank, decode_and_multiply, encode, takes_signs
+from fewbit_fx.codec.encode_decode import (
+    at_least_float32,
+    bits_of_rank,
+    by_code,
+    decode_and_multiply,
+    encode,
+    takes_signs,
+)
 from fewbit_fx.codec.nonfinite import is_finite
 from fewbit_fx.codec.sampled_levels import EXPONENT, finite, sums_up_to_each
 from fewbit_fx.codec.spread import elements_all_over
@@ -68,13 +74,13 @@ class StochasticScheme:
     def decode(self, gradient: Tensor, saved: Sequence[Tensor], layout: PlaneLayout, dtype: torch.dtype) -> Tensor:
         """``gradient * level``, of a dtype; ``saved`` and ``layout`` as for :meth:`encode`."""
         *planes, levels = saved
-        ranks = sorted(range(len(levels)), key=gray_code)
-        return decode_and_multiply(gradient, planes, [levels[r] for r in ranks], layout, dtype, guarded=self.guarded)
+        table = list(by_code(levels.unbind()))
+        return decode_and_multiply(gradient, planes, table, layout, dtype, guarded=self.guarded)
 
     def fit(self, x: Tensor, derivative: Callable[[Tensor], Tensor]) -> Tensor:
         """The levels for a tensor, shape (2^b,), ascending. Arguments are those of :meth:`encode`."""
         number, rank = torch.arange(_SAMPLE, device=x.device), torch.arange(self.table_numel, device=x.device)
-        drawn = torch.where(elements_all_over(x, number).abs() < float("inf"), elements_all_over(x, number), 0.0)
+        drawn = finite(elements_all_over(x, number))
         values, _ = torch.sort(finite(at_least_float32(derivative(drawn))))
         rises = (values[(number + 1).clamp(max=_SAMPLE - 1)] - values) ** EXPONENT
         before = sums_up_to_each(rises) - rises

@@ -144,16 +144,21 @@ def verify(
     step = _Step(model, loss)
     exact, coded = step(_EXACT, args, kwargs), step(config, args, kwargs)
     noise = _noise(step, exact.gradients, args, kwargs, another)
+    sizes = {name: float(g.float().norm()) for name, g in exact.gradients.items()}
+    errors = _distances(coded.gradients, exact.gradients)
     parameters = [
-        _parameter_error(name, gradient, coded.gradients[name], None if noise is None else noise[name])
+        _parameter_error(
+            name, gradient, coded.gradients[name], sizes[name], errors[name], None if noise is None else noise[name]
+        )
         for name, gradient in exact.gradients.items()
     ]
-    total, of_noise = _errors(exact.gradients, coded.gradients, noise)
-    negligible = _negligible(exact.gradients)
+    size, error = math.hypot(*sizes.values()), math.hypot(*errors.values())
+    # Parameters whose gradient is 0 but for rounding, as that of a key's bias: softmax does not see it.
+    negligible = {name for name, one in sizes.items() if one <= _ROUNDING * size}
     return Verification(
         tuple(sorted(parameters, key=lambda p: (p.name in negligible, -_worse(p)))),
-        total,
-        of_noise,
+        error / size if size else 0.0,
+        _ratio(error, None if noise is None else math.hypot(*noise.values())),
         coded.bytes_before,
         coded.bytes_after,
         torch.equal(exact.loss, coded.loss),
@@ -273,7 +278,7 @@ def _noise(
     """For each parameter, the root mean square by which the gradient of a batch of this size differs from the mean."""
     if another is not None:
         other = (step(_EXACT, (), another) if isinstance(another, Mapping) else step(_EXACT, another, {})).gradients
-        return {name: float((g - other[name]).float().norm()) / math.sqrt(2) for name, g in exact.items()}
+        return {name: distance / math.sqrt(2) for name, distance in _distances(other, exact).items()}
     halves = _halves(args, kwargs)
     if halves is None:
         return None
@@ -282,7 +287,7 @@ def _noise(
     except Exception:  # whatever a model raises that knows the size of its batch
         return None
     # The difference of halves has four times the variance of their mean.
-    return {name: float((first[name] - second[name]).float().norm()) / 2 for name in exact}
+    return {name: distance / 2 for name, distance in _distances(first, second).items()}
 
 
 def _halves(
@@ -303,26 +308,19 @@ def _halves(
     return half(0), half(1)
 
 
-def _parameter_error(name: str, exact: Tensor, coded: Tensor, noise: float | None) -> ParameterError:
+def _distances(gradients: Gradients, others: Gradients) -> dict[str, float]:
+    """The norm of the difference of each parameter's two gradients."""
+    return {name: float((gradients[name].float() - other.float()).norm()) for name, other in others.items()}
+
+
+def _parameter_error(
+    name: str, exact: Tensor, coded: Tensor, size: float, error: float, noise: float | None
+) -> ParameterError:
     exact, coded = exact.float(), coded.float()
-    error, size = float((coded - exact).norm()), float(exact.norm())
     relative = error / size if size else (math.inf if error else 0.0)
     cosine = float(torch.nn.functional.cosine_similarity(exact.flatten(), coded.flatten(), dim=0)) if size else 0.0
     sqnr = -20 * math.log10(relative) if 0 < relative < math.inf else (math.inf if not relative else -math.inf)
     return ParameterError(name, relative, cosine, sqnr, _ratio(error, noise))
-
-
-def _errors(exact: Gradients, coded: Gradients, noise: Mapping[str, float] | None) -> tuple[float, float | None]:
-    """The relative error of all gradients as one vector, and its share of the noise."""
-    error = math.hypot(*(float((coded[name] - g).float().norm()) for name, g in exact.items()))
-    size = math.hypot(*(float(g.float().norm()) for g in exact.values()))
-    return (error / size if size else 0.0), _ratio(error, None if noise is None else math.hypot(*noise.values()))
-
-
-def _negligible(gradients: Gradients) -> set[str]:
-    """Parameters whose gradient is 0 but for rounding, as that of a key's bias: softmax does not see it."""
-    norms = {name: float(g.float().norm()) for name, g in gradients.items()}
-    return {name for name, norm in norms.items() if norm <= _ROUNDING * math.hypot(*norms.values())}
 
 
 def _ratio(error: float, noise: float | None) -> float | None:
