@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from fewbit_fx.passes.record import GraphRecord, OtherRecord, SiteRecord
+from fewbit_fx.reporting.by_module import pattern
 from fewbit_fx.reporting.text_table import text_table
 from fewbit_fx.reporting.words import action, because
 
@@ -68,18 +68,46 @@ class _Row:
         )
 
 
-def graph_lines(graph: GraphRecord) -> list[str]:
-    """The lines of one graph: its sites by kind, codes by place too, then all else that is saved by what reads it."""
-    lines = [f"graph {graph.compile_id}{_about(graph)}"]
-    if not graph.sites and not graph.note:
-        lines.append("  no pointwise nonlinearity and no mask found")
+@dataclass(frozen=True)
+class GraphTable:
+    """What a report shows of one graph.
+
+    Attributes:
+        title: The graph's id, and how it was cut.
+        rows: The texts of each row, in the order of ``columns``.
+        notes: Below the table, in order.
+    """
+
+    title: str
+    rows: Sequence[tuple[str, ...]]
+    notes: Sequence[str]
+
+    columns = _COLUMNS
+    right_aligned = _RIGHT_ALIGNED
+
+
+def graph_table(graph: GraphRecord) -> GraphTable:
+    """The table of one graph: its sites by kind, codes by place too, then all else that is saved by what reads it."""
     rows = [_site_row(group) for group in _grouped(graph.sites, _site_kind)]
     others = [_other_row(group) for group in _grouped(graph.others, _other_kind)]
     rows += sorted(others, key=lambda row: -sum(r.bytes_before for r in row.records))
     reasons = list(dict.fromkeys(row.reason for row in rows if row.reason))
-    if rows:
-        lines += text_table(_COLUMNS, (row.cells(reasons) for row in rows), _RIGHT_ALIGNED)
-    return lines + [f"  [{i}] left exact, because {reason}" for i, reason in enumerate(reasons, 1)]
+    return GraphTable(
+        f"graph {graph.compile_id}{_about(graph)}",
+        [row.cells(reasons) for row in rows],
+        [f"[{i}] left exact, because {reason}" for i, reason in enumerate(reasons, 1)],
+    )
+
+
+def graph_lines(graph: GraphRecord) -> list[str]:
+    """The table of one graph as lines of text."""
+    table = graph_table(graph)
+    lines = [table.title]
+    if not graph.sites and not graph.note:
+        lines.append("  no pointwise nonlinearity and no mask found")
+    if table.rows:
+        lines += text_table(table.columns, table.rows, table.right_aligned)
+    return lines + [f"  {note}" for note in table.notes]
 
 
 def _about(graph: GraphRecord) -> str:
@@ -100,7 +128,7 @@ def _site_kind(site: SiteRecord) -> Hashable:
     """Layers differ in the numbers of their modules and in widths. Of what is left exact the place matters less."""
     if site.reason and site.small:
         return ()
-    place = () if site.reason else (_pattern(site.module), site.source_line)
+    place = () if site.reason else (pattern(site.module), site.source_line)
     return *place, site.function, site.dtype, action(site), site.reason, site.relative_error
 
 
@@ -146,17 +174,13 @@ def _shape(record: SiteRecord | OtherRecord) -> str:
 
 def _where(records: Sequence[SiteRecord | OtherRecord]) -> str:
     modules = {r.module for r in records}
-    places = {(_pattern(r.module), r.source_line) for r in records}
+    places = {(pattern(r.module), r.source_line) for r in records}
     if len(places) > 1:
         return f"{len(places)} places"
-    ((pattern, source_line),) = places
+    ((path, source_line),) = places
     file = source_line.replace("\\", "/").rsplit("/", 1)[-1]
-    module = modules.pop() if len(modules) == 1 else pattern
+    module = modules.pop() if len(modules) == 1 else path
     return " ".join(part for part in (module, f"({file})" if file else "") if part) or "-"
-
-
-def _pattern(module: str) -> str:
-    return re.sub(r"\d+", "*", module)
 
 
 def _one_or_many(texts: Iterable[str], plural: str) -> str:
