@@ -3,7 +3,7 @@
 ReLU behind a norm is 0 or x as the normalised x is below or above 0. If the backward computes that again from a decoded
 x, some elements near 0 change sides, and their gradient is wrong by all of itself. A mask is therefore saved, in one
 exact bit, where a code stands for what it is computed from. Codes of values keep zeros and signs, so that comparing
-such a value itself with 0 is safe; not if they are rounded at random.
+such a value itself with 0 is safe; not where they are rounded at random.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ _COMPARISONS = frozenset(
 _KEEP_THE_SIGN = frozenset({aten.relu.default, prims.convert_element_type.default}) | COPIES | MOVEMENTS
 
 
-def jumps(backward: fx.Graph, decoded: Collection[str], keeps_signs: bool = True) -> Mapping[str, frozenset[str]]:
+def jumps(
+    backward: fx.Graph, decoded: Collection[str], at_random: Collection[str] = ()
+) -> Mapping[str, frozenset[str]]:
     """The nodes that decide by a decoded value, other than by its sign.
 
     Args:
         backward: The backward graph of a cut.
         decoded: Names of the saved tensors and masks in whose place a decoded value stands.
-        keeps_signs: Whether decoded values have the signs and zeros of exact ones.
+        at_random: Those of them that were rounded at random: they have not the zeros of exact ones.
 
     Returns:
         For each by name, the names of the decoded tensors that it is computed from.
@@ -41,13 +43,14 @@ def jumps(backward: fx.Graph, decoded: Collection[str], keeps_signs: bool = True
     found: dict[str, frozenset[str]] = {}
     for node in backward.nodes:
         own = frozenset({node.name} if node.name in decoded else ())
-        origins[node] = signs[node] = own
+        origins[node] = own
+        signs[node] = own.difference(at_random)
         if own or node in gradients or node.op != "call_function" or constant_value(node) is not None:
             continue
         read = frozenset().union(*(origins[n] for n in node.all_input_nodes))
         sign = frozenset().union(*(signs[n] for n in node.all_input_nodes))
         if node.target in _STEPS or is_boolean(node):
-            unsafe = read - sign if keeps_signs and _is_of_the_sign(node) else read
+            unsafe = read - sign if _is_of_the_sign(node) else read
             if unsafe:
                 found[node.name] = unsafe
         else:

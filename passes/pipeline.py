@@ -111,7 +111,7 @@ def keep_decisions(work: Work) -> Work:
     while True:
         values = {site.replaced.name: site for site in work.coded if site.is_last_resort}
         decoded = {site.replaced.name for site in work.coded}
-        found = jumps(work.plain.backward.graph, decoded, keeps_signs=work.config.rounding == "nearest")
+        found = jumps(work.plain.backward.graph, decoded, _rounded_at_random(work))
         if not found or not values:
             return work
         kept = {masks[name]: work.proposed[masks[name]] for name in found if name in masks}
@@ -120,6 +120,11 @@ def keep_decisions(work: Work) -> Work:
             return work
         work = replace(work, plan={site: kept.get(site, done) for site, done in work.plan.items()})
         work = work.with_exact(dict.fromkeys(lost, DECIDES))
+
+
+def _rounded_at_random(work: Work) -> set[str]:
+    plan = work.plan.items()
+    return {site.replaced.name for site, done in plan if not isinstance(done, Exact) and done.encode.seeded}
 
 
 def drop_unread(work: Work) -> Work:

@@ -65,6 +65,41 @@ def test_an_odd_batch_has_no_halves() -> None:
     found = fewbit_fx.verify(mlp(nn.GELU(), width=256), *batch(129), loss=squares)
     assert found.share_of_noise is None
     assert "of itself" in found.verdict
+    assert "not known, because the batch has no two halves; give another batch" in str(found)
+
+
+def test_a_half_that_the_model_does_not_take_says_what_it_raised() -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return squares(model, x.view(128, 32), y)
+
+    found = fewbit_fx.verify(mlp(nn.GELU(), width=256), *batch(128), loss=loss)
+    assert found.share_of_noise is None
+    assert "half of the batch raises" in str(found)
+    assert "128" in str(found)
+
+
+class Experts(nn.Module):
+    """One expert for each sign of the batch; the other gets no gradient at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = mlp(nn.GELU(), width=256), mlp(nn.GELU(), width=256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) if x.sum() > 0 else self.other(x)
+
+
+def test_a_parameter_without_a_gradient_in_another_batch_counts_as_0_there() -> None:
+    x, y = batch(128)
+    model = Experts()
+    found = fewbit_fx.verify(model, x.abs(), y, loss=squares, another=(-x.abs(), y))
+    assert {p.name.split(".")[0] for p in found.parameters} == {"one"}
+    exact = torch.autograd.grad(squares(model, x.abs(), y), list(model.one.parameters()))
+    moved = torch.autograd.grad(squares(model, -x.abs(), y), list(model.other.parameters()))
+    size, noise = (math.hypot(*(float(g.norm()) for g in gs)) for gs in (exact, (*exact, *moved)))
+    assert found.share_of_noise == pytest.approx(found.relative_error * size / (noise / math.sqrt(2)), rel=1e-3)
+    in_halves = torch.cat([x.abs()[:64], -x.abs()[64:] / 2])
+    assert fewbit_fx.verify(model, in_halves, y, loss=squares).share_of_noise is not None
 
 
 def test_nothing_is_left_behind() -> None:
@@ -122,7 +157,7 @@ def test_mistakes_are_named() -> None:
 
 def of(error: float, share: float | None, before: int = 100, after: int = 50) -> Verification:
     row = ParameterError("w", error, 1.0, 40.0, share)
-    return Verification((row,), error, share, before, after, True)
+    return Verification((row,), error, share, None, before, after, True)
 
 
 @pytest.mark.parametrize(

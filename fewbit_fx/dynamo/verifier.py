@@ -54,6 +54,7 @@ class Verification:
         relative_error: Of all gradients as one vector.
         share_of_noise: Of that vector: 0.1 is a tenth of what another batch of this size changes the gradient by. None
             where no other batch is known.
+        noise_unknown: Why no other batch is known; None where one is.
         bytes_before, bytes_after: Saved for the backward by torch.compile and by fewbit.
         loss_identical: Whether both losses are the same, bit for bit.
     """
@@ -61,6 +62,7 @@ class Verification:
     parameters: tuple[ParameterError, ...]
     relative_error: float
     share_of_noise: float | None
+    noise_unknown: str | None
     bytes_before: int
     bytes_after: int
     loss_identical: bool
@@ -101,6 +103,8 @@ class Verification:
         saving = 1 - self.bytes_after / self.bytes_before if self.bytes_before else 0.0
         yield f"saved for backward: torch.compile {self.bytes_before:,}   fewbit {self.bytes_after:,}   (-{saving:.1%})"
         yield f"loss: {'identical' if self.loss_identical else 'DIFFERS; please report it'}"
+        if self.noise_unknown:
+            yield f"noise between batches: not known, because {self.noise_unknown}"
         yield self.verdict
 
 
@@ -143,13 +147,15 @@ def verify(
     config = fewbit_config or FewBitConfig()
     step = _Step(model, loss)
     exact, coded = step(_EXACT, args, kwargs), step(config, args, kwargs)
-    noise = _noise(step, exact.gradients, args, kwargs, another)
+    try:
+        noise, unknown = _noise(step, exact.gradients, args, kwargs, another), None
+    except _NoHalvesError as none:
+        noise, unknown = None, str(none)
     sizes = {name: float(g.float().norm()) for name, g in exact.gradients.items()}
     errors = _distances(coded.gradients, exact.gradients)
+    noises = {name: None if noise is None else noise.get(name, 0.0) for name in sizes}
     parameters = [
-        _parameter_error(
-            name, gradient, coded.gradients[name], sizes[name], errors[name], None if noise is None else noise[name]
-        )
+        _parameter_error(name, gradient, coded.gradients[name], sizes[name], errors[name], noises[name])
         for name, gradient in exact.gradients.items()
     ]
     size, error = math.hypot(*sizes.values()), math.hypot(*errors.values())
@@ -159,6 +165,7 @@ def verify(
         tuple(sorted(parameters, key=lambda p: (p.name in negligible, -_worse(p)))),
         error / size if size else 0.0,
         _ratio(error, None if noise is None else math.hypot(*noise.values())),
+        unknown,
         coded.bytes_before,
         coded.bytes_after,
         torch.equal(exact.loss, coded.loss),
@@ -268,36 +275,46 @@ class _Step:
         return loss
 
 
+class _NoHalvesError(Exception):
+    """The batch has no halves that the model takes. The message says why."""
+
+
 def _noise(
     step: _Step,
     exact: Gradients,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     another: Sequence[Any] | Mapping[str, Any] | None,
-) -> dict[str, float] | None:
-    """For each parameter, the root mean square by which the gradient of a batch of this size differs from the mean."""
+) -> dict[str, float]:
+    """For each parameter, the root mean square by which the gradient of a batch of this size differs from the mean.
+
+    Raises:
+        _NoHalvesError: No other batch is given, and this one cannot be halved.
+    """
     if another is not None:
         other = (step(_EXACT, (), another) if isinstance(another, Mapping) else step(_EXACT, another, {})).gradients
         return {name: distance / math.sqrt(2) for name, distance in _distances(other, exact).items()}
     halves = _halves(args, kwargs)
-    if halves is None:
-        return None
     try:
         first, second = (step(_EXACT, *half).gradients for half in halves)
-    except Exception:  # whatever a model raises that knows the size of its batch
-        return None
+    except Exception as raised:  # whatever a model raises that knows the size of its batch
+        raise _NoHalvesError(f"half of the batch raises {raised!r}; give another batch, another=(...)") from raised
     # The difference of halves has four times the variance of their mean.
     return {name: distance / 2 for name, distance in _distances(first, second).items()}
 
 
 def _halves(
     args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[list[Any], dict[str, Any]], tuple[list[Any], dict[str, Any]]] | None:
-    """The inputs of two halves of a batch; None where the inputs' first dimensions are not all one even number."""
+) -> tuple[tuple[list[Any], dict[str, Any]], tuple[list[Any], dict[str, Any]]]:
+    """The inputs of two halves of a batch.
+
+    Raises:
+        _NoHalvesError: The inputs' first dimensions are not all one even number.
+    """
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     sizes = {t.shape[0] if t.dim() else 0 for t in tensors}
     if len(sizes) != 1 or (size := sizes.pop()) < 2 or size % 2:
-        return None
+        raise _NoHalvesError("the batch has no two halves; give another batch, another=(...)")
 
     def half(part: int) -> tuple[list[Any], dict[str, Any]]:
         def cut(value: Any) -> Any:
@@ -309,8 +326,14 @@ def _halves(
 
 
 def _distances(gradients: Gradients, others: Gradients) -> dict[str, float]:
-    """The norm of the difference of each parameter's two gradients."""
-    return {name: float((gradients[name].float() - other.float()).norm()) for name, other in others.items()}
+    """The norm of the difference of each parameter's two gradients; one that is missing counts as 0."""
+
+    zero = torch.zeros(())
+
+    def distance(name: str) -> float:
+        return float((gradients.get(name, zero).float() - others.get(name, zero).float()).norm())
+
+    return {name: distance(name) for name in gradients.keys() | others.keys()}
 
 
 def _parameter_error(
