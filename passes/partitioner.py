@@ -41,6 +41,8 @@ class FewBitPartitioner(CustomPartitionerFn):
         kept_inputs: Positions of the graph's inputs that live on whatever it saves, beside parameters and buffers.
         proposals: Representations beside our own, asked first.
         observe: Called with what the passes found out of each graph. It must change nothing of it.
+        modules: The paths of the modules in Dynamo's graph. The option ``skip`` and the reports go by them, and torch's
+            own keys have them not.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class FewBitPartitioner(CustomPartitionerFn):
         kept_inputs: tuple[int, ...] = (),
         proposals: Sequence[Proposal] = (),
         observe: Callable[[Work], None] | None = None,
+        modules: Sequence[str] = (),
     ) -> None:
         require_pass_names(config.disable)
         self._config = config
@@ -57,6 +60,7 @@ class FewBitPartitioner(CustomPartitionerFn):
         self._kept_inputs = kept_inputs
         self._proposals = tuple(proposals)
         self._observe = observe
+        self._modules = tuple(modules)
         self._is_faulty = False
 
     def __call__(
@@ -89,7 +93,7 @@ class FewBitPartitioner(CustomPartitionerFn):
         return chosen.forward, chosen.backward
 
     def cache_key(self) -> str | None:
-        """Every source file that runs, every option, the inputs kept, and numpy.
+        """Every source file that runs, every option, the inputs kept, the names of modules, and numpy.
 
         None where that does not tell one partition from another: of a proposal that no module has by its name, such as
         a partial one, and after a fault, which another process may not have.
@@ -112,9 +116,9 @@ class FewBitPartitioner(CustomPartitionerFn):
             theirs = [_key_of(proposal) for proposal in self._proposals]
             sources = _source_hash()
             if sources and None not in theirs:
-                return (
-                    f"fewbit-fx {sources} {self._config!r} kept {self._kept_inputs} numpy {numpy.__version__} {theirs}"
-                )
+                names = hashlib.sha256(repr(self._modules).encode()).hexdigest()
+                graph = f"kept {self._kept_inputs} modules {names}"
+                return f"fewbit-fx {sources} {self._config!r} {graph} numpy {numpy.__version__} {theirs}"
         faults.warn()
         return None
 

@@ -122,7 +122,8 @@ def in_modules() -> dict[str, tuple[Any, str, str, str]]:
         "record": (partitioner, "graph_record", "the record", EXACT),
         "donation": (Partition, "is_donated_in_part", "the donation of saved tensors", EXACT),
         "encode and decode": (rewrite, "trace", "the pass 'rewrite'", r"left \d sites of a graph exact"),
-        "inputs": (fewbit_backend, "kept_by_their_makers", "the search for inputs that are kept", EXACT),
+        "inputs": (fewbit_backend, "kept_by_their_makers", "the look at Dynamo's graph", EXACT),
+        "modules": (fewbit_backend, "module_paths", "the look at Dynamo's graph", EXACT),
         "sources": (partitioner, "_source_hash", "the key for torch's caches", "keeps a graph out of torch's caches"),
         "listener": (Listener, "record", report, REPORT),
         "log": (listener, "_log", report, REPORT),
@@ -313,3 +314,18 @@ def test_a_graph_without_a_backward_survives_a_fault_of_its_report(monkeypatch: 
     torch.compiler.reset()
     with torch.no_grad():
         assert torch.equal(found, torch.compile(net, backend=lambda gm, inputs: partition_only(gm, inputs, None))(X))
+
+
+def test_a_full_disk_costs_the_file_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write, mine = Path.write_text, backend(strict=True)
+
+    def write_half(self: Path, text: str) -> int:
+        write(self, text[:50])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with warnings.catch_warnings(record=True) as caught:
+        assert same(train(mine), expected(True))
+    assert not ours(caught)
+    assert mine.last_report().graphs
+    assert list((tmp_path / "fewbit").iterdir()) == []

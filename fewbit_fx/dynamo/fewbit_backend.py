@@ -15,6 +15,7 @@ from fewbit_fx.dynamo.records_by_model import History, graph_identity
 from fewbit_fx.passes.faults import GRAPH_EXACT, NO_REPORT, Faults
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.pipeline import require_pass_names
+from fewbit_fx.passes.provenance import module_paths
 from fewbit_fx.passes.record import SiteRecord
 from fewbit_fx.passes.representations import Proposal
 from fewbit_fx.reporting.report import Report
@@ -66,9 +67,9 @@ class FewBitBackend:
         options = {**self._options, **inductor}
         listener, faults = Listener(), Faults(config.strict)
         partitioner, file = None, None
-        with faults.of("the search for inputs that are kept", GRAPH_EXACT):
-            kept = kept_by_their_makers(gm, example_inputs)
-            partitioner = FewBitPartitioner(config, listener.record, kept, self._proposals, listener.observe)
+        with faults.of("the look at Dynamo's graph", GRAPH_EXACT):
+            kept, modules = kept_by_their_makers(gm, example_inputs), module_paths(gm)
+            partitioner = FewBitPartitioner(config, listener.record, kept, self._proposals, listener.observe, modules)
         key = partitioner.cache_key() if partitioner else None
         with faults.of("the file of the report", NO_REPORT):
             if key:
