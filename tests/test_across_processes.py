@@ -61,7 +61,7 @@ def test_after_processes_that_were_killed_the_next_one_works(first: list[dict[st
     writing, compiling, cold = first
     assert writing == compiling == {"killed by": 9}
     (unfinished,) = (f for f in (folder / "fewbit").iterdir() if f.suffix != ".json")
-    with pytest.raises(ValueError, match="Unterminated|Expecting"):
+    with pytest.raises(ValueError, match=r"Unterminated|Expecting"):
         json.loads(unfinished.read_text())
     assert cold["counters"] == {
         **dict.fromkeys(cold["counters"], 0),
@@ -189,7 +189,7 @@ def propose_nothing(site: Site, config: FewBitConfig) -> Decision | None:
 
 
 def propose(bits: int) -> Callable[[Site, FewBitConfig], Decision | None]:
-    return lambda site, config: None if bits else None
+    return lambda site, config: None  # whatever it would do with its bits
 
 
 @pytest.mark.parametrize(
