@@ -147,11 +147,15 @@ def test_every_option_and_what_else_decides_has_a_key_of_its_own(key: Callable[.
     assert len(set(keys)) == len(keys)
 
 
-def test_a_seed_is_in_no_key(key: Callable[..., str]) -> None:
+def test_a_seed_and_a_rank_are_in_no_key(key: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read when the kernels run."""
     net = model()
-    before = key(net)
+    before = key(net, rounding="stochastic")
     torch.manual_seed(7)
-    assert key(net) == before == key(model())
+    assert key(net, rounding="stochastic") == before == key(model(), rounding="stochastic")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 1)
+    assert key(net, rounding="stochastic") == before
 
 
 def test_another_torch_or_numpy_misses(key: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
