@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import logging
+import operator
+import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +18,16 @@ from torch import fx
 
 import fewbit_fx
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.torch_private.inductor import CustomPartitionerFn, donate_nothing
+from fewbit_fx.torch_private.inductor import CustomPartitionerFn, bypass_caches, donate_nothing
 
 from .cuts import leaner_cuts, own_cut
+from .faults import GRAPH_EXACT, NO_REPORT, Faults, stage
 from .partition import Partition
 from .pipeline import Work, require_pass_names, run_passes
 from .reasons import Cause, Reason
 from .record import GraphRecord, graph_record, unexamined_record
 from .representations import Proposal
 from .splice import copy_module
-
-logger = logging.getLogger("fewbit_fx")
 
 
 class FewBitPartitioner(CustomPartitionerFn):
@@ -42,6 +41,8 @@ class FewBitPartitioner(CustomPartitionerFn):
         kept_inputs: Positions of the graph's inputs that live on whatever it saves, beside parameters and buffers.
         proposals: Representations beside our own, asked first.
         observe: Called with what the passes found out of each graph. It must change nothing of it.
+        modules: The paths of the modules in Dynamo's graph. The option ``skip`` and the reports go by them, and torch's
+            own keys have them not.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class FewBitPartitioner(CustomPartitionerFn):
         kept_inputs: tuple[int, ...] = (),
         proposals: Sequence[Proposal] = (),
         observe: Callable[[Work], None] | None = None,
+        modules: Sequence[str] = (),
     ) -> None:
         require_pass_names(config.disable)
         self._config = config
@@ -58,6 +60,8 @@ class FewBitPartitioner(CustomPartitionerFn):
         self._kept_inputs = kept_inputs
         self._proposals = tuple(proposals)
         self._observe = observe
+        self._modules = tuple(modules)
+        self._is_faulty = False
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -65,69 +69,105 @@ class FewBitPartitioner(CustomPartitionerFn):
         """The forward and the backward graph. Called by Inductor with AOTAutograd's joint graph."""
         static = kwargs.get("static_lifetime_input_indices") or ()
         alive = tuple(sorted({*static, *self._kept_inputs}))
-        uncut = copy_module(gm) if self._config.recompute else None  # a cut changes its graph
+        faults, uncut = Faults(self._config.strict), None
+        if self._config.recompute:
+            with faults.of("the copy of the joint graph", GRAPH_EXACT):
+                uncut = copy_module(gm)  # a cut changes its graph
         plain = own_cut(gm, joint_inputs, alive, **kwargs)
         started = time.perf_counter()
-        try:
-            cuts = {plain: gm.graph}
-            if uncut:
-                cuts |= leaner_cuts(uncut, joint_inputs, alive, **kwargs)
-            chosen, record = self._compress(cuts, plain)
-        except Exception as fault:  # whatever it is: the user's training goes on, exactly, and is told so
-            if self._config.strict:
-                raise
-            _warn_of("a graph", fault)
-            chosen, record = plain, unexamined_record(plain, Reason.of(Cause.FAULT, fault=repr(fault)))
-        if chosen.is_donated_in_part() and not plain.is_donated_in_part():
-            donate_nothing(chosen.forward)  # or a backward with retain_graph=True would raise that works with inductor
-        self._record(replace(record, pass_seconds=time.perf_counter() - started))
+        compressed = None
+        if not faults.found:
+            with faults.of("the choice of a cut", GRAPH_EXACT):
+                cuts = {plain: gm.graph}
+                if uncut:
+                    with stage("the leaner cuts"):
+                        cuts |= leaner_cuts(uncut, joint_inputs, alive, **kwargs)
+                compressed = self._compress(cuts, plain, faults)
+        chosen, record = compressed or (plain, None)
+        with faults.of("the report", NO_REPORT):
+            if record is None:
+                record = unexamined_record(plain, Reason.of(Cause.FAULT, fault=str(faults.found[0][1])))
+            self._record(replace(record, pass_seconds=time.perf_counter() - started))
+        self._is_faulty |= bool(faults.found)
+        faults.warn()
         return chosen.forward, chosen.backward
 
+    def cache_key(self) -> str | None:
+        """Every source file that runs, every option, the inputs kept, the names of modules, and numpy.
+
+        None where that does not tell one partition from another: of a proposal that no module has by its name, such as
+        a partial one, and after a fault, which another process may not have.
+        """
+        return None if self._is_faulty else self._key
+
     def uuid(self) -> Any:
-        """Key for Inductor's caches: every source file that runs, every option, the inputs kept, and numpy."""
-        theirs = [(p.__module__, p.__qualname__, _file_hash(inspect.getfile(p))) for p in self._proposals]
-        return (
-            f"fewbit-fx {_source_hash()} {self._config!r} kept {self._kept_inputs} numpy {numpy.__version__} {theirs}"
-        )
+        """Key for Inductor's caches."""
+        key = self.cache_key()
+        return bypass_caches("fewbit-fx has no key for it") if key is None else key
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FewBitPartitioner:
         """Inductor copies its configuration, and this within it; records must reach the one listener."""
         return self
 
-    def _compress(self, cuts: Mapping[Partition, fx.Graph], plain: Partition) -> tuple[Partition, GraphRecord]:
+    @functools.cached_property
+    def _key(self) -> str | None:
+        faults = Faults(self._config.strict)
+        with faults.of("the key for torch's caches", "keeps a graph out of torch's caches"):
+            theirs = [_key_of(proposal) for proposal in self._proposals]
+            sources = _source_hash()
+            if sources and None not in theirs:
+                names = hashlib.sha256(repr(self._modules).encode()).hexdigest()
+                graph = f"kept {self._kept_inputs} modules {names}"
+                return f"fewbit-fx {sources} {self._config!r} {graph} numpy {numpy.__version__} {theirs}"
+        faults.warn()
+        return None
+
+    def _compress(
+        self, cuts: Mapping[Partition, fx.Graph], plain: Partition, faults: Faults
+    ) -> tuple[Partition, GraphRecord]:
         """The partition that saves the fewest bytes, and its record.
 
         Args:
             cuts: Each with its joint graph as the cut left it: without duplicates, with the names of the cut's graphs.
             plain: torch.compile's own cut.
+            faults: Where a fault of single sites is added.
         """
         works = [Work(joint, cut, cut, self._config, self._proposals) for cut, joint in cuts.items()]
         work, seconds = run_passes(works)
+        with stage("the artifacts for tlparse"):
+            if self._observe:
+                self._observe(work)
+        with stage("the record"):  # without it the report would not say what is not exact
+            record = graph_record(plain, work, seconds)
+        with stage("the donation of saved tensors"):
+            # Or a backward with retain_graph=True would raise that works with inductor.
+            if work.chosen.is_donated_in_part() and not plain.is_donated_in_part():
+                donate_nothing(work.chosen.forward)
         if work.faults:
-            several = len(work.faults) > 1
-            _warn_of(f"{len(work.faults)} sites of a graph" if several else "one site of a graph", work.faults[0])
-        if self._observe:
-            self._observe(work)
-        return work.chosen, graph_record(plain, work, seconds)
+            what = "one site of a graph" if len(work.faults) == 1 else f"{len(work.faults)} sites of a graph"
+            faults.found.append((f"left {what} exact", work.faults[0]))
+        return work.chosen, record
 
 
-def _warn_of(what: str, fault: BaseException) -> None:
-    logger.debug("fault in the fewbit passes", exc_info=fault)
-    warnings.warn(
-        f"fewbit-fx left {what} exact after a fault of its own ({fault!r}). Training goes on, without the "
-        f"saving. Please report it; the option strict=True raises it instead.",
-        stacklevel=3,
-    )
-
-
-def _file_hash(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _key_of(proposal: Proposal) -> tuple[str, str, str] | None:
+    """Which function of which source file it is; None if no module has it by its name, or it has no file."""
+    module, name = (getattr(proposal, key, "") for key in ("__module__", "__qualname__"))
+    try:
+        found = operator.attrgetter(name)(sys.modules[module])
+    except (KeyError, AttributeError):  # a partial function, or one that a function has made
+        return None
+    if found is not proposal or not inspect.isfunction(found):
+        return None
+    path = Path(inspect.getfile(found))  # of a notebook's cell there is none
+    return (module, name, hashlib.sha256(path.read_bytes()).hexdigest()) if path.is_file() else None
 
 
 @functools.cache
 def _source_hash() -> str:
-    digest = hashlib.sha256()
+    """Empty where Python runs from other files, as from an archive."""
+    digest, found = hashlib.sha256(), False
     for folder in sorted({Path(__file__).parent, Path(fewbit_fx.__file__).parent}):
         for file in sorted(folder.rglob("*.py")):
             digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
-    return digest.hexdigest()
+            found = True
+    return digest.hexdigest() if found else ""

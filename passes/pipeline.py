@@ -11,6 +11,7 @@ from torch import fx
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.tracing import timed
 
+from .faults import Fault, stage
 from .gain import Gain
 from .jumps import jumps
 from .partition import Partition
@@ -51,7 +52,7 @@ class Work:
     unreadable: Sequence[Unreadable] = ()
     proposed: Mapping[Site, Representation] = field(default_factory=dict)
     plan: Mapping[Site, Decision] = field(default_factory=dict)
-    faults: Sequence[BaseException] = ()
+    faults: Sequence[Fault] = ()
 
     @property
     def coded(self) -> dict[Site, int]:
@@ -138,16 +139,16 @@ def put_in(work: Work) -> Work:
     """Rewrite a copy of the partition; a site at which that fails is left exact.
 
     Raises:
-        Exception: With the option ``strict``, whatever a site failed with.
+        Fault: With the option ``strict``, of whatever a site failed with.
     """
     while work.coded:
         try:
             return replace(work, chosen=rewrite(work.plain, work.plan, work.sites))
         except SiteError as error:
-            fault = error.__cause__ or error
+            fault = Fault("the pass 'rewrite'", error.cause)
             if work.config.strict:
-                raise fault from None
-            reason = Reason.of(Cause.FAULT, fault=repr(fault))
+                raise fault from error.cause
+            reason = Reason.of(Cause.FAULT, fault=str(fault))
             work = replace(work, faults=(*work.faults, fault)).with_exact({error.site: reason})
             work = drop_useless(work)  # one that shared a saved tensor with it may now free none
     return work
@@ -223,7 +224,7 @@ def _run(steps: Iterable[Pass], work: Work, seconds: dict[str, float]) -> Work:
     for step in steps:
         disabled = step.name in work.config.disable
         started = time.perf_counter()
-        with timed(f"fewbit_fx.{step.name}"):
+        with stage(f"the pass {step.name!r}"), timed(f"fewbit_fx.{step.name}"):
             work = (step.instead if disabled else step.run)(work)
         seconds[step.name] += time.perf_counter() - started
     return work

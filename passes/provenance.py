@@ -25,6 +25,12 @@ def module_path(node: fx.Node) -> str:
     return ""
 
 
+def module_paths(gm: fx.GraphModule) -> list[str]:
+    """Paths of the modules of all nodes of a graph and of those in it, such as checkpoints."""
+    graphs = [part.graph for part in gm.modules() if isinstance(part, fx.GraphModule)]
+    return [module_path(node) for graph in graphs for node in graph.nodes]
+
+
 def source_line(node: fx.Node) -> str:
     """``file:line`` of the innermost frame of the user's code, or ""."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")

@@ -33,9 +33,10 @@ SITE = "fewbit_site"  # key of a plane's metadata: the name of the anchor of the
 class SiteError(Exception):
     """A site could not be rewritten; its cause says why."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, cause: Exception) -> None:
         super().__init__(site)
         self.site = site
+        self.cause = cause
 
 
 def rewrite(partition: Partition, plan: Mapping[Site, Decision], names: Mapping[Site, str]) -> Partition:
@@ -56,7 +57,7 @@ def rewrite(partition: Partition, plan: Mapping[Site, Decision], names: Mapping[
         try:
             rewriter.rewrite(decision, names.get(site, ""))
         except Exception as fault:  # of ours, or of a user's operator in the trace
-            raise SiteError(site) from fault
+            raise SiteError(site, fault) from fault
         rewriter.attribute(site)
     return rewriter.finish()
 

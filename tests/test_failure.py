@@ -21,15 +21,22 @@ def break_the_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewbit_fx.passes.pipeline.rewrite", fail)
 
 
+def cached(counter: str) -> int:
+    return torch._dynamo.utils.counters["inductor"][counter]
+
+
 def test_a_fault_warns_once_and_leaves_the_graph_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     break_the_rewrite(monkeypatch)
     model, x = mlp(nn.GELU(), width=80), torch.randn(128, 32)  # in no cache yet
     backend = fewbit_fx.backend(recipe="derivatives")
+    torch._dynamo.utils.counters.clear()
     with pytest.warns(
         UserWarning, match="left a graph exact after a fault of its own .*made to fail.* strict=True"
     ) as caught:
         y = torch.compile(model, backend=backend)(x)
     found = gradients(model, y.sum())
+    assert (cached("fxgraph_cache_bypass"), cached("fxgraph_cache_miss")) == (2, 0), "it may be another's no more"
+    assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_saved"] == 0
     assert len([w for w in caught if "fewbit-fx" in str(w.message)]) == 1
     torch.compiler.reset()
     exact = torch.compile(model, backend="inductor")(x)

@@ -12,8 +12,10 @@ from fewbit_fx.config import FewBitConfig
 from fewbit_fx.dynamo.listener import Listener
 from fewbit_fx.dynamo.record_file import RecordFile
 from fewbit_fx.dynamo.records_by_model import History, graph_identity
+from fewbit_fx.passes.faults import GRAPH_EXACT, NO_REPORT, Faults
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.pipeline import require_pass_names
+from fewbit_fx.passes.provenance import module_paths
 from fewbit_fx.passes.record import SiteRecord
 from fewbit_fx.passes.representations import Proposal
 from fewbit_fx.reporting.report import Report
@@ -62,17 +64,23 @@ class FewBitBackend:
         options = dict(options or {})
         mode = options.pop("mode", mode)  # torch.compile takes either a mode or options
         config, inductor = split_options(options, self.config)
-        listener = Listener()
-        kept = kept_by_their_makers(gm, example_inputs)
-        partitioner = FewBitPartitioner(config, listener.record, kept, self._proposals, listener.observe)
-        file = RecordFile(gm, example_inputs, partitioner.uuid())
         options = {**self._options, **inductor}
+        listener, faults = Listener(), Faults(config.strict)
+        partitioner, file = None, None
+        with faults.of("the look at Dynamo's graph", GRAPH_EXACT):
+            kept, modules = kept_by_their_makers(gm, example_inputs), module_paths(gm)
+            partitioner = FewBitPartitioner(config, listener.record, kept, self._proposals, listener.observe, modules)
+        key = partitioner.cache_key() if partitioner else None
+        with faults.of("the file of the report", NO_REPORT):
+            if key:
+                file = listener.file = RecordFile(gm, example_inputs, key)
         compiled = compile_with_inductor(gm, example_inputs, partitioner, mode or self._mode, options)
-        if listener.records:
-            file.write(listener.records)
-        identity = graph_identity(gm, example_inputs, compile_id())
-        for history in (self._history, _all_backends):
-            history.add(compiled_callable(), identity, listener.records or file.read(compile_id()))
+        with faults.of("the report", NO_REPORT):
+            identity = graph_identity(gm, example_inputs, compile_id())
+            records = listener.records or (file.read(compile_id()) if file else [])
+            for history in (self._history, _all_backends):
+                history.add(compiled_callable(), identity, records)
+        faults.warn()
         return compiled
 
     def last_report(self) -> Report:

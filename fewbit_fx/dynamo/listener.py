@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 
+from fewbit_fx.dynamo.record_file import RecordFile
 from fewbit_fx.passes.pipeline import Work
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.reporting.report import Report
@@ -19,10 +20,12 @@ class Listener:
 
     Attributes:
         records: The records of the graphs, in the order of their compilation.
+        file: Where they are kept for processes that find the graphs compiled; None for nowhere.
     """
 
     def __init__(self) -> None:
         self.records: list[GraphRecord] = []
+        self.file: RecordFile | None = None
 
     def observe(self, work: Work) -> None:
         """Leave the graphs before and after as artifacts, with the environment's TORCH_TRACE."""
@@ -33,8 +36,14 @@ class Listener:
             artifact(f"fewbit_{name}", functools.partial(graph.print_readable, print_output=False))
 
     def record(self, record: GraphRecord) -> None:
-        """Keep a record; leave it as an artifact, and its decisions in the log."""
+        """Keep a record; leave it as an artifact, and its decisions in the log.
+
+        It is in the file before torch's caches have the graph: whoever finds the one finds the other, although a
+        process may be killed at any time.
+        """
         self.records.append(record)
+        if self.file:
+            self.file.write(self.records)
         artifact("fewbit_report", lambda: str(Report((record,))))
         _log(record)
 

@@ -7,10 +7,11 @@ that decides it. It informs only; nothing that is compiled depends on it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
+import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,19 +40,21 @@ class RecordFile:
 
     def write(self, records: Iterable[GraphRecord]) -> None:
         """Keep the records; a folder that cannot be written to is passed over."""
+        # Others may read and write it meanwhile, on other machines too.
+        unfinished = self._path.with_suffix(f".{uuid.uuid4().hex}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self._path.with_suffix(f".{os.getpid()}")  # another process may read while this one writes
             unfinished.write_text(json.dumps([dataclasses.asdict(r) for r in records]))
             unfinished.replace(self._path)
         except OSError:
-            return
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)  # a part, where the disk is full
 
     def read(self, compile_id: str) -> list[GraphRecord]:
         """The records, under this compilation's id; none if there is no readable file of this format."""
         try:
             return [_record(data, compile_id) for data in json.loads(self._path.read_text())]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return []
 
 

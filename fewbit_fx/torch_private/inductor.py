@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from functorch.compile import min_cut_rematerialization_partition  # the cut that all of this starts from
@@ -15,6 +15,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn  # base class 
 __all__ = [
     "CustomPartitionerFn",
     "activation_memory_budget",
+    "bypass_caches",
     "cache_folder",
     "cheap_recomputation",
     "compile_with_inductor",
@@ -33,6 +34,20 @@ def cache_folder() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return cache_dir()
+
+
+def bypass_caches(why: str) -> NoReturn:
+    """Leave a graph out of the caches of Inductor and AOTAutograd, called where they ask for a part of its key.
+
+    To answer None, which Inductor documents for this, does not do: a partitioner's None is hashed as that of no
+    partitioner, so that plain Inductor would find the graph.
+
+    Args:
+        why: For torch's log.
+    """
+    from torch._inductor.codecache import BypassFxGraphCache
+
+    raise BypassFxGraphCache(why)
 
 
 def partition_settings() -> str:
@@ -59,11 +74,11 @@ def inductor_options() -> frozenset[str]:
 def compile_with_inductor(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    partitioner: CustomPartitionerFn,
+    partitioner: CustomPartitionerFn | None,
     mode: str | None,
     options: dict[str, Any],
 ) -> Callable[..., Any]:
-    """``torch.compile(backend="inductor", mode=mode, options=options)`` with our partitioner.
+    """``torch.compile(backend="inductor", mode=mode, options=options)`` with our partitioner, or with torch's own.
 
     torch's own wrapper resolves the mode and checks option names and types.
     """
