@@ -1,4 +1,4 @@
-"""Make the README's tables from the files in bench/results.
+"""Make the tables of the README and of docs/ from the files in bench/results.
 
 python -m bench.readme_tables
 
@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench import bias_table, convergence_table, demo_table, saved_table, speed_table
+from bench import bias_table, convergence_table, demo_table, patterns, saved_table, speed_table
 from bench.machine import CHECKOUT
 from bench.result_file import File
 
 README = CHECKOUT / "README.md"
+TEXTS = (README, *sorted((CHECKOUT / "docs").glob("*.md")))
 RESULTS = CHECKOUT / "bench/results"
 BEGIN, END = "<!-- results: ", "<!-- end of results -->"
 TABLES: Mapping[str, tuple[str, Callable[[Sequence[File]], Iterator[str]]]] = {
@@ -25,6 +26,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[File]], Iterator[str]]]] = {
     "bias": ("bias_{device}", bias_table.lines),
     "convergence": ("convergence_{device}_.*", convergence_table.lines),
     "saved": ("saved_{device}", saved_table.lines),
+    "patterns": ("patterns_{device}", patterns.lines),
     "speed": (f"({'|'.join(speed_table.RATIOS)}).*_{{device}}", speed_table.lines),
 }
 """By name: the names of the files that a table is made from, and how."""
@@ -53,11 +55,12 @@ def _table(name: str, device: str, folder: Path) -> str:
 
 
 def main() -> None:
-    """Write the README with its tables made anew."""
-    before = README.read_text()
-    after = render(before)
-    README.write_text(after)
-    print(f"{README.name}: {'as it was' if after == before else 'tables made anew'}")
+    """Write the texts with their tables made anew."""
+    for text in TEXTS:
+        before = text.read_text()
+        after = render(before)
+        text.write_text(after)
+        print(f"{text.name}: {'as it was' if after == before else 'tables made anew'}")
 
 
 if __name__ == "__main__":

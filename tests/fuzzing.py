@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from helpers import check_sums
+from hypothesis import event
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,8 +29,9 @@ from fewbit_fx.passes.pipeline import Work
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.passes.representations import Exact, Representation
 from fewbit_fx.torch_private.inductor import activation_memory_budget, partition_only
+from fewbit_fx.torch_private.sizes import hint
 
-BATCH, TOKENS, WIDTH, HEADS, CLASSES = 2, 32, 64, 4, 16
+BATCH, TOKENS, WIDTH, HEADS, CLASSES, CHANNELS = 2, 32, 64, 4, 16, 8
 CLOSE = 1e-4  # of a gradient: what float32 rounds differently where strides, and so the order of sums, differ
 
 Function = Callable[..., Tensor]
@@ -57,6 +59,20 @@ UNARY: dict[str, Function] = {
     "half": lambda a: a.half().to(a.dtype),
     "narrow": lambda a: 0.01 * a,
     "in place": lambda a: a.clone().mul_(2).relu_(),
+    "mish": F.mish,
+    "erf": torch.erf,
+    "log": lambda a: torch.log1p(a.abs()),
+    "root": lambda a: (1 + a.square()).sqrt(),
+    "cumsum": lambda a: 0.1 * a.float().cumsum(1).to(a.dtype),
+    "logsumexp": lambda a: a - a.logsumexp(-1, keepdim=True),
+    "masked": lambda a: a.masked_fill(a > 1, 0),
+    "rounded": lambda a: a + (a.round() - a).detach(),
+    "pooled": lambda a: F.max_pool1d(a, 3, 1, 1),
+    "sorted": lambda a: a.sort(-1).values,
+    "flipped": lambda a: a.flip(1),
+    "row by row": lambda a: torch.stack([F.silu(row) for row in a.unbind(0)]),
+    "every second": lambda a: a[:, ::2].repeat_interleave(2, 1),
+    "spectrum": lambda a: torch.fft.irfft(torch.fft.rfft(a.float()), n=WIDTH).to(a.dtype),
 }
 BINARY: dict[str, Function] = {
     "add": torch.add,
@@ -68,6 +84,13 @@ BINARY: dict[str, Function] = {
     "scale": lambda a, b: a * torch.sigmoid(b.mean(1, keepdim=True)),
     "attention": lambda a, b: _attention(a, b),
     "gated": lambda a, b: F.silu(a) * b,
+    "scores": lambda a, b: (a @ b.transpose(1, 2) / WIDTH).softmax(-1) @ a,
+    "outer": lambda a, b: torch.einsum("btw,bsw->bts", a, b).tanh() @ b / TOKENS,
+    "distance": lambda a, b: (a - b).abs().sum(-1, keepdim=True).exp().reciprocal() * a,
+    "chosen": lambda a, b: a.gather(-1, b.argsort(-1)),
+    "added at": lambda a, b: a.index_add(1, torch.arange(0, TOKENS, 2), b[:, ::2]),
+    "detached": lambda a, b: a * torch.sigmoid(b.detach()),
+    "into a slice": lambda a, b: _into_a_slice(a, b),
 }
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(WIDTH, WIDTH),
@@ -76,13 +99,66 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "rms_norm": lambda: nn.RMSNorm(WIDTH),
     "batch_norm": lambda: nn.BatchNorm1d(TOKENS),
     "prelu": nn.PReLU,
+    "bottleneck": lambda: nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, WIDTH)),
+    "fused gate and up": lambda: FusedGate(),
+    "image": lambda: Image(),
+    "group_norm": lambda: nn.GroupNorm(4, TOKENS),
+    "embedding": lambda: Embedded(),
 }
-OPERATIONS = (*UNARY, *BINARY, *MODULES)
+OPERATIONS = (*UNARY, *BINARY, *MODULES, *["linear"] * 12)  # between which tensors are saved
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "batch innermost": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "every second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+class FusedGate(nn.Module):
+    """A gated MLP whose gate and up are one linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Image(nn.Module):
+    """A convolution of the tokens as a picture, channels last in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        picture = x.reshape(BATCH, CHANNELS, -1, WIDTH // 4).contiguous(memory_format=torch.channels_last)
+        return F.silu(self.norm(self.conv(picture))).reshape(x.shape)
+
+
+class Embedded(nn.Module):
+    """An embedding of what is largest, added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table(x.argmax(-1))
 
 
 def _attention(a: Tensor, b: Tensor) -> Tensor:
     heads = [t.view(BATCH, TOKENS, HEADS, -1).transpose(1, 2) for t in (a, b, a + b)]
     return F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(a.shape)
+
+
+def _into_a_slice(a: Tensor, b: Tensor) -> Tensor:
+    made = a.clone()
+    made[..., : WIDTH // 2] = b[..., WIDTH // 2 :].tanh()
+    return made
 
 
 @dataclass(frozen=True)
@@ -114,6 +190,9 @@ class Case:
         config: Options of fewbit.
         budget: torch's activation memory budget.
         dtype: Of parameters and inputs.
+        layout: Of the input in memory: a name in ``LAYOUTS``.
+        trained_input: Whether the input requires a gradient, as inside a larger model.
+        dynamic: Whether sizes are symbols.
     """
 
     steps: tuple[Step, ...]
@@ -122,6 +201,9 @@ class Case:
     config: FewBitConfig
     budget: float
     dtype: torch.dtype
+    layout: str = "contiguous"
+    trained_input: bool = False
+    dynamic: bool = False
 
 
 class RandomModel(nn.Module):
@@ -188,12 +270,15 @@ def cases() -> st.SearchStrategy[Case]:
     """A model with its options."""
     return st.builds(
         Case,
-        st.lists(steps(), min_size=1, max_size=10).map(tuple),
+        st.lists(steps(), min_size=2, max_size=12).map(tuple),
         st.integers(1, 2),
         st.sampled_from(["sum", "squares", "cross entropy"]),
         configs(),
         st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.0]),
         st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+        st.sampled_from(["contiguous", "contiguous", *LAYOUTS]),
+        st.sampled_from([True, True, False]),
+        st.sampled_from([False, False, True]),
     )
 
 
@@ -203,6 +288,7 @@ def check(case: Case) -> None:
     torch.manual_seed(0)
     model = RandomModel(case).to(case.dtype)
     x, classes = torch.randn(BATCH, TOKENS, WIDTH).to(case.dtype), torch.randint(CLASSES, (BATCH, TOKENS))
+    x = LAYOUTS[case.layout](x).detach().requires_grad_(case.trained_input)
     works: list[Work] = []
     records: list[GraphRecord] = []
     given: list[Any] = []
@@ -218,14 +304,17 @@ def check(case: Case) -> None:
     with activation_memory_budget(case.budget):
         torch.manual_seed(1)
         try:
-            losses = torch.compile(model, backend=backend, dynamic=False)(x, classes)
+            losses = torch.compile(model, backend=backend, dynamic=case.dynamic)(x, classes)
         except Exception:
-            if not _compiles_without(model, x, classes):
-                return  # a limit of torch itself, such as dropout within a checkpoint around a whole graph
-            raise
+            if _compiles_without(case, model, x, classes):
+                raise
+            event("not compared: a limit of torch itself")  # such as dropout within a checkpoint around a whole graph
+            return
     if not works:
-        return  # nothing to train
+        event("not compared: nothing to train")
+        return
     (work,), (record,) = works, records
+    event("compared, with coded sites" if work.chosen is not work.plain else "compared, all exact")
     trained = [i for i, t in enumerate(given) if isinstance(t, Tensor) and t.requires_grad]
     found = torch.autograd.grad(sum(losses), [given[i] for i in trained], allow_unused=True)
     assert record.fewbit_bytes <= record.plain_bytes
@@ -240,15 +329,16 @@ def check(case: Case) -> None:
         assert_same(gradient, expected[i], case.dtype)
 
 
-def _compiles_without(model: nn.Module, *inputs: Tensor) -> bool:
-    """Whether torch's own partitioner compiles the model."""
+def _compiles_without(case: Case, model: nn.Module, *inputs: Tensor) -> bool:
+    """Whether torch's own partitioner compiles the model of a case."""
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return partition_only(gm, inputs, None)
 
     torch.compiler.reset()
     try:
-        torch.compile(model, backend=backend, dynamic=False)(*inputs)
+        with activation_memory_budget(case.budget):
+            torch.compile(model, backend=backend, dynamic=case.dynamic)(*inputs)
     except Exception:
         return False
     return True
@@ -256,13 +346,17 @@ def _compiles_without(model: nn.Module, *inputs: Tensor) -> bool:
 
 def check_interface(partition: Partition) -> None:
     """What the forward saves is what the backward takes. Names may differ: torch calls the state of a generator so."""
-    returned = output_values(partition.forward.graph)[partition.num_fwd_outputs :]
-    taken = placeholders(partition.backward.graph)[: len(returned)]
-    for given, expected in zip(returned, taken, strict=True):
-        one, other = given.meta["val"], expected.meta["val"]
+    returned = [n.meta["val"] for n in output_values(partition.forward.graph)[partition.num_fwd_outputs :]]
+    taken = [n.meta["val"] for n in placeholders(partition.backward.graph)[: len(returned)]]
+    for one, other in zip(_symbols_first(returned), taken, strict=True):
         assert isinstance(one, Tensor) == isinstance(other, Tensor)
         if isinstance(one, Tensor):
             assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def _symbols_first(saved: list[Any]) -> list[Any]:
+    """What a forward saves, in the order in which a backward takes it."""
+    return sorted(saved, key=lambda value: isinstance(value, Tensor))
 
 
 def assert_same(mine: Tensor | None, theirs: Tensor | None, dtype: torch.dtype) -> None:
@@ -318,9 +412,9 @@ def replay(work: Work, inputs: list[Any]) -> tuple[list[Tensor], list[Tensor | N
     with torch.no_grad():
         torch.manual_seed(1)
         forward = _Recorder(work.plain.forward)
-        results = forward.run(*inputs)
+        results = forward.run(*(hint(i) if isinstance(i, torch.SymInt) else i for i in inputs))
         _joint_values(work, forward.values)
-        outputs, saved = results[: work.plain.num_fwd_outputs], results[work.plain.num_fwd_outputs :]
+        outputs, saved = results[: work.plain.num_fwd_outputs], _symbols_first(results[work.plain.num_fwd_outputs :])
         losses = [t for t in outputs if isinstance(t, Tensor) and t.dim() == 0 and t.is_floating_point()]
         backward = _Replay(work, forward.values)
         taken = sum(n.op == "placeholder" for n in work.plain.backward.graph.nodes) - len(saved)

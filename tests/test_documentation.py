@@ -1,4 +1,4 @@
-"""What the texts say runs: README's and CONTRIBUTING's snippets and commands, and the examples of docstrings.
+"""What the texts say runs: snippets of README, CONTRIBUTING and docs/ and commands, and the examples of docstrings.
 
 Models are compiled up to and with the partition, and run in plain ATen: what a snippet shows does not hang on kernels.
 """
@@ -29,7 +29,7 @@ from fewbit_fx.passes.representations import Decision
 from fewbit_fx.passes.sites import Site
 
 ROOT = Path(__file__).parent.parent
-TEXTS = ("README.md", "CONTRIBUTING.md")
+TEXTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 
 
 @pytest.fixture(autouse=True)

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from bench.readme_tables import README, render
+from bench.readme_tables import README, TEXTS, render
 from bench.result_file import File
 
 OLD = {"device": "CPU x86_64, 2 cores, 2 threads", "torch": "2.13.0+cpu", "date": "2026-11-24"}
 NEW = {**OLD, "commit": "abc1234", "device": "AMD EPYC, 2 cores, 2 threads", "date": "2026-11-26"}
 
 
-def test_the_readme_has_the_tables_that_the_results_give() -> None:
-    text = README.read_text()
-    assert text == render(text), "README.md and bench/results disagree: run `make results`"
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_texts_have_the_tables_that_the_results_give(path: Path) -> None:
+    text = path.read_text()
+    assert text == render(text), f"{path.name} and bench/results disagree: run `make results`"
 
 
 def test_the_readme_has_both_tables() -> None:
