@@ -19,6 +19,7 @@ from torch import fx
 import fewbit_fx
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.inductor import CustomPartitionerFn, donate_nothing
+from fewbit_fx.torch_private.inputs import living_inputs
 
 from .cuts import leaner_cuts, own_cut
 from .partition import Partition
@@ -39,7 +40,7 @@ class FewBitPartitioner(CustomPartitionerFn):
     Args:
         config: The options.
         record: Called with one :class:`GraphRecord` per partitioned graph.
-        kept_inputs: Positions of the graph's inputs that live on whatever it saves, beside parameters and buffers.
+        kept_inputs: Positions of the inputs of Dynamo's graph that live on whatever it saves.
         proposals: Representations beside our own, asked first.
         observe: Called with what the passes found out of each graph. It must change nothing of it.
     """
@@ -63,8 +64,7 @@ class FewBitPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The forward and the backward graph. Called by Inductor with AOTAutograd's joint graph."""
-        static = kwargs.get("static_lifetime_input_indices") or ()
-        alive = tuple(sorted({*static, *self._kept_inputs}))
+        alive = living_inputs(gm.graph, kwargs.get("static_lifetime_input_indices") or (), self._kept_inputs)
         uncut = copy_module(gm) if self._config.recompute else None  # a cut changes its graph
         plain = own_cut(gm, joint_inputs, alive, **kwargs)
         started = time.perf_counter()
