@@ -19,6 +19,7 @@ from torch import fx
 import fewbit_fx
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.inductor import CustomPartitionerFn, bypass_caches, donate_nothing
+from fewbit_fx.torch_private.inputs import living_inputs
 
 from .cuts import leaner_cuts, own_cut
 from .faults import GRAPH_EXACT, NO_REPORT, Faults, stage
@@ -38,7 +39,7 @@ class FewBitPartitioner(CustomPartitionerFn):
     Args:
         config: The options.
         record: Called with one :class:`GraphRecord` per partitioned graph.
-        kept_inputs: Positions of the graph's inputs that live on whatever it saves, beside parameters and buffers.
+        kept_inputs: Positions of the inputs of Dynamo's graph that live on whatever it saves.
         proposals: Representations beside our own, asked first.
         observe: Called with what the passes found out of each graph. It must change nothing of it.
         modules: The paths of the modules in Dynamo's graph. The option ``skip`` and the reports go by them, and torch's
@@ -67,9 +68,10 @@ class FewBitPartitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The forward and the backward graph. Called by Inductor with AOTAutograd's joint graph."""
-        static = kwargs.get("static_lifetime_input_indices") or ()
-        alive = tuple(sorted({*static, *self._kept_inputs}))
         faults, uncut = Faults(self._config.strict), None
+        alive = static = tuple(kwargs.get("static_lifetime_input_indices") or ())
+        with faults.of("the look at the joint graph's inputs", GRAPH_EXACT):
+            alive = living_inputs(gm.graph, static, self._kept_inputs)
         if self._config.recompute:
             with faults.of("the copy of the joint graph", GRAPH_EXACT):
                 uncut = copy_module(gm)  # a cut changes its graph

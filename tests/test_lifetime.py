@@ -21,7 +21,7 @@ from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.reporting.words import action
 from fewbit_fx.torch_private.inductor import partition_only
-from fewbit_fx.torch_private.tensors import kept_by_their_makers
+from fewbit_fx.torch_private.inputs import kept_by_their_makers
 
 PLAIN = fewbit_fx.FewBitConfig(recipe="derivatives", derivatives=False, masks=False, strict=True)
 

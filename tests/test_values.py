@@ -75,8 +75,10 @@ def test_without_the_option_nothing_is_coded() -> None:
     assert seen.record.fewbit_bytes == seen.record.plain_bytes
 
 
-def test_data_that_the_caller_keeps_is_left_alone() -> None:
-    seen = watch(GatedMLP(), torch.randn(256, 64), config=config())
+@pytest.mark.parametrize("shape", [(256, 64), (4, 64, 64)], ids=["as it is", "as a view"])
+def test_data_that_the_caller_keeps_is_left_alone(shape: tuple[int, ...]) -> None:
+    """A linear layer saves a view of what has more than two dimensions."""
+    seen = watch(GatedMLP(), torch.randn(shape), config=config())
     assert not [s for s in seen.coded if s.shape == (256, 64)]
 
 

@@ -21,7 +21,7 @@ from fewbit_fx.passes.representations import Proposal
 from fewbit_fx.reporting.report import Report
 from fewbit_fx.torch_private.dynamo import compile_id, compiled_callable
 from fewbit_fx.torch_private.inductor import compile_with_inductor, inductor_options
-from fewbit_fx.torch_private.tensors import kept_by_their_makers
+from fewbit_fx.torch_private.inputs import kept_by_their_makers
 
 
 class FewBitBackend:

@@ -14,7 +14,7 @@ from fewbit_fx.dynamo.listener import Listener
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.torch_private.frames import with_own_code_object
 from fewbit_fx.torch_private.inductor import partition_only
-from fewbit_fx.torch_private.tensors import kept_by_their_makers
+from fewbit_fx.torch_private.inputs import kept_by_their_makers
 
 
 def partitioned(model: Callable[..., Any], config: FewBitConfig, listener: Listener) -> Callable[..., Any]:

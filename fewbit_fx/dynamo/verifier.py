@@ -133,7 +133,7 @@ def verify(
 
     Raises:
         TypeError: The loss is no scalar tensor.
-        ValueError: No parameter gets a gradient.
+        ValueError: No parameter gets a gradient, or FSDP has sharded the model.
 
     Example:
         >>> import torch, fewbit_fx
@@ -246,6 +246,11 @@ class _Step:
     def __init__(self, model: nn.Module, loss: Loss | None) -> None:
         original = original_of(model)
         assert isinstance(original, nn.Module), "what torch.compile wraps is a module"
+        if _is_sharded(original):
+            raise ValueError(
+                "verify: FSDP has sharded the model, and gives parameters their gradients by hooks of its own; "
+                "verify it before it is sharded"
+            )
         self._model, self._loss = original, loss
 
     def __call__(self, config: FewBitConfig, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Taken:
@@ -257,7 +262,7 @@ class _Step:
             run = partitioned(self._with_loss, config, listener)
             loss = run(*args, **kwargs)
             found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        gradients = {name: g.detach() for name, g in zip(trained, found, strict=True) if g is not None}
+        gradients = {name: _whole(g.detach()) for name, g in zip(trained, found, strict=True) if g is not None}
         if not gradients:
             raise ValueError("verify: no parameter of the model gets a gradient")
         before, after = (sum(getattr(r, n) for r in listener.records) for n in ("plain_bytes", "fewbit_bytes"))
@@ -273,6 +278,20 @@ class _Step:
             what = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"verify: the loss is {what}; allowed is a scalar, of the model or of loss=(model, batch)")
         return loss
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+
+
+def _whole(x: Tensor) -> Tensor:
+    """All of a tensor of which each rank has a part, as DTensor is: else each rank would measure its own."""
+    whole: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return whole
 
 
 class _NoHalvesError(Exception):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fewbit_fx.torch_private.graphs import OpOverload
-from fewbit_fx.torch_private.sizes import hint
+from fewbit_fx.torch_private.sizes import hint, storage_key
 
 from ..graph import (
     aten,
@@ -60,7 +60,7 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
     def kept_as(node: fx.Node) -> Reason | None:
         if not value_of(node).dtype.is_floating_point:
             return INTEGER
-        if node.name in data:
+        if storage_key(node) in data:
             return DATA
         if node.name in in_losses and readers[node.name] is not Reader.SOFTMAX:
             return LOSS
@@ -97,12 +97,12 @@ def _packet(node: fx.Node) -> object:
     return node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
 
 
-def _data(joint: fx.Graph) -> set[str]:
-    """Names of the inputs of the graph whose gradient is not asked for."""
+def _data(joint: fx.Graph) -> set[object]:
+    """Storages of the inputs of the graph whose gradient is not asked for: what is saved is often a view of one."""
     incoming = set(tangents(joint))
     inputs = [n for n in placeholders(joint) if n not in incoming]
     gradients = output_values(joint)[-len(inputs) :] if inputs else []
-    return {n.name for n, gradient in zip(inputs, gradients, strict=True) if gradient is None}
+    return {storage_key(n) for n, gradient in zip(inputs, gradients, strict=True) if gradient is None}
 
 
 def _is_statistic(node: fx.Node) -> bool:
