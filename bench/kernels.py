@@ -24,7 +24,7 @@ import fewbit_fx
 from bench.command import DTYPES, Command, bits_flag, parser_of
 from bench.comparison import mebibytes
 from bench.llama import LlamaConfig, SwiGLU
-from bench.offline_triton import Generated, Kernel, compile_for_sm90, generate
+from bench.offline_triton import Generated, Kernel, compile_offline, generate
 from bench.transformer import MLP, Attention, Block, BlockConfig, plain_attention
 from fewbit_fx.config import RECIPES
 
@@ -57,7 +57,7 @@ class Pass:
     @classmethod
     def of(cls, kernels: Sequence[Kernel], moved_bytes: int) -> Pass:
         """Compile and count."""
-        found = [compile_for_sm90(kernel) for kernel in kernels]
+        found = [compile_offline(kernel) for kernel in kernels]
         return cls(
             len(kernels),
             sum(k.loads for k in kernels),

@@ -4,6 +4,7 @@ The one module outside fewbit_fx that uses torch's private code generation; chec
 
 A model is traced and partitioned on fake CPU tensors with the layout of a GPU, its two graphs are moved to
 fake CUDA tensors, and Inductor's code generation runs while torch is told of one H100. Nothing is launched.
+:func:`run_on_cpu` runs such graphs in plain ATen beside, for who interprets the code (tests/triton_interpreter.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import importlib.util
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.utils import detect_fake_mode
 from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._inductor.compile_fx import compile_fx, record_original_output_strides
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -34,8 +37,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.passes.graph import output_values
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord
+from fewbit_fx.passes.rewrite import PREFIX
+from fewbit_fx.passes.splice import copy_module
 
 CUDA = torch.device("cuda", 0)
 H100 = DeviceProperties(
@@ -103,24 +109,107 @@ def generate(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, confi
         joint_graph_passes(joint)
     records: list[GraphRecord] = []
     static = list(range(len(names)))
-    lanes = mock.patch("fewbit_fx.codec.bitplanes.lanes_for", return_value=(1,))
-    planes = mock.patch("fewbit_fx.codec.packing.packs_bytes", return_value=False)
-    with fake, lanes, planes:
+    with fake, gpu_layout():
         partitioner = FewBitPartitioner(config, records.append)
         pair = partitioner(joint, _inputs(joint), num_fwd_outputs=1, static_lifetime_input_indices=static)
-    (forward, moved), (backward, moved_back) = (_code(_on_cuda(gm, fake), fake) for gm in pair)
-    return Generated(_kernels(forward), _kernels(backward), (moved, moved_back), records[0])
+    forward, backward = (_code(_lowered(_on(CUDA, gm, fake), fake), fake) for gm in pair)
+    moved_bytes = forward.moved_bytes, backward.moved_bytes
+    return Generated(kernels(forward.text), kernels(backward.text), moved_bytes, records[0])
+
+
+@contextlib.contextmanager
+def gpu_layout() -> Iterator[None]:
+    """Let the codec encode CPU tensors as it does those of a GPU."""
+    choices: dict[str, Any] = {
+        "bitplanes.lanes_for": (1,),
+        "packing.packs_bytes": False,
+        "encode_decode.takes_signs": False,
+        "scheme.takes_signs": False,
+        "sampled_levels.takes_signs": False,
+        "stochastic_levels.takes_signs": False,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, value in choices.items():
+            stack.enter_context(mock.patch(f"fewbit_fx.codec.{name}", return_value=value))
+        yield
+
+
+@dataclass(frozen=True)
+class Run:
+    """One graph as it ran on the CPU, and the code that a GPU would get for it.
+
+    Attributes:
+        code: Inductor's output code, wrapper and kernels.
+        constants: Tensors that it refers to by name.
+        is_backward: Of which graph it is.
+        inputs, outputs: Of the graph, run node by node in plain ATen.
+        planes: Positions of the outputs that are codes or belong to them.
+    """
+
+    code: str
+    constants: dict[str, Tensor]
+    is_backward: bool
+    inputs: list[Any]
+    outputs: list[Any]
+    planes: list[int]
+
+
+def run_on_cpu(
+    function: Callable[..., Any], inputs: Sequence[Any], config: FewBitConfig, dynamic: bool | None = None
+) -> tuple[list[Run], GraphRecord]:
+    """A function's forward, and the backward of the sum of its output, as torch.compile makes them for a GPU.
+
+    Both run on the CPU, as the graphs that Inductor lowers: its own passes are behind them.
+    """
+    runs: list[Run] = []
+    records: list[GraphRecord] = []
+
+    def lower(gm: fx.GraphModule, _inputs: Sequence[Any], **kwargs: Any) -> Any:
+        fake = detect_fake_mode(_inputs)
+        assert fake is not None
+        record_original_output_strides(gm)
+        lowered = _lowered(_on(CUDA, copy_module(gm), fake), fake)
+        on_cpu = _on(torch.device("cpu"), copy_module(lowered), fake)
+        code = _code(lowered, fake)
+        names = [n.name if isinstance(n, fx.Node) else "" for n in output_values(gm.graph)]
+        planes = [i for i, name in enumerate(names) if name.startswith(PREFIX)]
+
+        def run(args: list[Any]) -> Any:
+            taken = [a.clone() if isinstance(a, Tensor) else a for a in args]
+            args.clear()
+            with torch.no_grad():
+                outputs = fx.Interpreter(on_cpu).run(*taken)
+            runs.append(Run(code.text, code.constants, bool(kwargs.get("is_backward")), taken, list(outputs), planes))
+            return outputs
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        partitioner = FewBitPartitioner(config, records.append)
+        compiled: Callable[..., Any] = compile_fx(
+            gm, example_inputs, inner_compile=lower, config_patches={"custom_partitioner_fn": partitioner}
+        )
+        return compiled
+
+    torch.compiler.reset()
+    with gpu_layout(), torch._functorch.config.patch(enable_autograd_cache=False, donated_buffer=False):
+        output = torch.compile(function, backend=backend, dynamic=dynamic)(*inputs)
+        output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype))
+    return runs, records[0]
 
 
 def _inputs(gm: fx.GraphModule) -> list[Any]:
     return [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
 
 
-def _on_cuda(gm: fx.GraphModule, fake: FakeTensorMode) -> fx.GraphModule:
+def _on(device: torch.device, gm: fx.GraphModule, fake: FakeTensorMode) -> fx.GraphModule:
+    """The graph with all tensors on a device; it is changed."""
+
     def moved(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
-        return CUDA if isinstance(value, torch.device) else value
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return device if isinstance(value, torch.device) else value
 
     with fake:
         for node in gm.graph.nodes:
@@ -131,19 +220,35 @@ def _on_cuda(gm: fx.GraphModule, fake: FakeTensorMode) -> fx.GraphModule:
     return gm
 
 
-def _code(gm: fx.GraphModule, fake: FakeTensorMode) -> tuple[str, int]:
-    """The code of a graph, and the bytes that it moves."""
+def _lowered(gm: fx.GraphModule, fake: FakeTensorMode) -> fx.GraphModule:
+    """The graph after Inductor's own passes; it is changed."""
     with pretend_cuda(), V.set_fake_mode(fake):
         post_grad_passes(gm, is_inference=False)
-        graph = GraphLowering(gm, example_inputs=_inputs(gm), is_inference=False)
+    gm.recompile()
+    return gm
+
+
+@dataclass(frozen=True)
+class _Code:
+    """The code of a graph, tensors that it names, and the bytes that it moves."""
+
+    text: str
+    constants: dict[str, Tensor]
+    moved_bytes: int
+
+
+def _code(gm: fx.GraphModule, fake: FakeTensorMode) -> _Code:
+    with pretend_cuda(), V.set_fake_mode(fake):
+        graph = GraphLowering(gm, example_inputs=_inputs(gm), shape_env=fake.shape_env, is_inference=False)
         with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
             graph.run(*_inputs(gm))
             code, _ = graph.codegen()
-            moved_bytes, *_ = graph.count_bytes()
-    return getattr(code, "value", code), int(moved_bytes)
+            moved_bytes = graph.count_bytes()[0] if fake.shape_env is None else 0
+    return _Code(getattr(code, "value", code), dict(graph.constants), int(moved_bytes))
 
 
-def _kernels(code: str) -> list[Kernel]:
+def kernels(code: str) -> list[Kernel]:
+    """The kernels of Inductor's output code."""
     return [Kernel(*found) for found in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.DOTALL)]
 
 
@@ -187,8 +292,8 @@ class Resources:
     spilled: int
 
 
-def compile_for_sm90(kernel: Kernel) -> list[Resources]:
-    """Compile a kernel for an H100 in each configuration that Inductor would try."""
+def compile_offline(kernel: Kernel, capability: int = 90, configs: slice = slice(None)) -> list[Resources]:
+    """Compile a kernel for a GPU, by default an H100, in configurations that Inductor would try, by default all."""
     import triton
     from torch._inductor.runtime import triton_heuristics
     from triton.backends.compiler import GPUTarget
@@ -196,8 +301,8 @@ def compile_for_sm90(kernel: Kernel) -> list[Resources]:
 
     found: list[Any] = []
 
-    def keep(_size_hints: Any, configs: Any, triton_meta: Any, *_: Any, **__: Any) -> Any:
-        return lambda function: found.append((function, configs, triton_meta)) or function
+    def keep(_size_hints: Any, tried: Any, triton_meta: Any, *_: Any, **__: Any) -> Any:
+        return lambda function: found.append((function, tried, triton_meta)) or function
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(triton_heuristics, "cached_autotune", keep):
         file = Path(folder) / "kernel.py"
@@ -207,14 +312,14 @@ def compile_for_sm90(kernel: Kernel) -> list[Resources]:
         assert spec.loader is not None
         with pretend_cuda():
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        ((function, configs, meta),) = found
+        ((function, tried, meta),) = found
         results = []
-        for config in configs:
+        for config in tried[configs]:
             signature, given = dict(meta["signature"]), {**meta.get("constants", {}), **config.kwargs}
             constants = {k: given[k] for k, v in signature.items() if v == "constexpr"}
             source = ASTSource(fn=function, signature=signature, constexprs=constants)
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             results.append(_resources(compiled.asm["cubin"], Path(folder)))
         return results
 

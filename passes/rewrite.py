@@ -137,8 +137,8 @@ class _Rewriter:
         first = len(self._planes)
         suffix = re.sub(r"\W+", "_", f"_{name}" if name else "")
         names = [f"{PREFIX}_{i}{suffix}" for i in range(first, first + count)]
-        before = after(max([value, *self._symbols]))
         seed = [self._seed(value)] if encode.seeded else []
+        before = after(max([value, *seed, *self._symbols]))
         inputs = [value, *seed, *self._symbols]
         given = 1 + len(seed)
         traced = self._traced(encode, lambda *values: encode(*values[:given]), inputs)

@@ -19,7 +19,7 @@ if not hasattr(torch._inductor.config, "loop_reindexing_after_fusion"):
         "Inductor of this torch cannot reindex loops to fuse them: on a GPU the encode is a kernel of its own",
         allow_module_level=True,
     )
-from bench.offline_triton import Generated, compile_for_sm90, generate
+from bench.offline_triton import Generated, compile_offline, generate
 from bench.transformer import Block, BlockConfig, plain_attention
 
 PLAIN = FewBitConfig(recipe="derivatives", derivatives=False, masks=False, strict=True)
@@ -128,7 +128,7 @@ def test_no_kernel_spills_on_sm90(dtype: torch.dtype, activation: Callable[[Tens
     )
     assert all(not site.is_exact for site in generated.record.sites)
     for kernel in (*generated.forward, *generated.backward):
-        *smaller, largest = compile_for_sm90(kernel)
+        *smaller, largest = compile_offline(kernel)
         assert all(r.spilled <= PASSED_OVER for r in smaller or [largest]), kernel.name
 
 

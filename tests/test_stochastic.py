@@ -155,6 +155,15 @@ def test_derivatives_that_are_exact_are_not_rounded() -> None:
     assert not stochastic_scheme(array_derivative(F.relu), 1).seeded
 
 
+def test_several_inputs_of_a_graph_are_rounded_with_one_seed() -> None:
+    """The seed is made before the first of their codes, whichever that is."""
+    x, y = (torch.randn(8, 64, requires_grad=True) for _ in range(2))
+    config = FewBitConfig(recipe="derivatives", rounding="stochastic", strict=True, min_numel=0)
+    seen = watch(lambda x, y: F.gelu(x) + F.silu(y), x, y, config=config)
+    assert len(seen.coded) == 2
+    assert str([n.target for n in seen.chosen.forward.graph.nodes]).count("rounding_seed") == 1
+
+
 def test_the_gradient_of_linear_layers_is_right_on_average() -> None:
     """Through the whole of the passes, for what is linear in what is coded: a weight's gradient, and f' of a GELU."""
     torch.manual_seed(0)

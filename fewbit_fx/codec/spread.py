@@ -6,8 +6,10 @@ from itertools import cycle
 
 from torch import Tensor
 
-# Multiples of the golden ratio, and of roots of primes, spread evenly; in units of 2^-32.
-_STRIDES = (0x9E3779B1, 0x6A09E667, 0xBB67AE85, 0x3C6EF372, 0xA54FF53A)
+_WORD = 2**32 - 1
+# Multiples of the golden ratio, and of roots of primes, spread evenly; in units of 2^-32, modulo 1. As int32: on a GPU
+# Inductor multiplies them by numbers of that type, which takes no larger ones and keeps the lower 32 bits of a product.
+_STRIDES = (0x9E3779B1 - 2**32, 0x6A09E667, 0xBB67AE85 - 2**32, 0x3C6EF372, 0xA54FF53A - 2**32)
 
 
 def elements_all_over(x: Tensor, number: Tensor) -> Tensor:
@@ -20,6 +22,7 @@ def elements_all_over(x: Tensor, number: Tensor) -> Tensor:
     Returns:
         Tensor of shape (n,). Of less than n elements some are there more than once.
     """
-    # Multiples of a stride, modulo 1 in units of 2^-32, spread over each dimension.
-    where = tuple((number * stride) % 2**32 * size >> 32 for size, stride in zip(x.shape, cycle(_STRIDES)))
+    # Multiples of a stride, modulo 1 in units of 2^-32, spread over each dimension. By a mask, which ends what Inductor
+    # takes for arithmetic of indices: a remainder, and what is made of it, would be in 32 bits too.
+    where = tuple((number * stride & _WORD) * size >> 32 for size, stride in zip(x.shape, cycle(_STRIDES)))
     return x[where] if where else x.expand(len(number))
