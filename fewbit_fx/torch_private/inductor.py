@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "has_a_budget",
     "inductor_options",
     "min_cut_rematerialization_partition",
+    "no_budget_of_zero",
     "no_buffer_donated",
     "partition_only",
     "partition_settings",
@@ -126,9 +128,20 @@ def activation_memory_budget(budget: float) -> AbstractContextManager[None]:
     return patched
 
 
-def has_a_budget() -> bool:
-    """Whether the user asks torch's partitioner for less activation memory than its default takes."""
-    return torch._functorch.config.activation_memory_budget < 1
+def has_a_budget(graph: fx.Graph) -> bool:
+    """Whether the user asks torch's partitioner for less activation memory than its default takes.
+
+    For all graphs, or for a region: torch then notes the budget on each of its nodes.
+    """
+    of_region = getattr(torch.fx.traceback, "_get_memory_budget_annotation", lambda node: None)  # not in 2.11
+    budgets = [of_region(n) or n.meta.get("memory_budget") for n in graph.nodes]
+    return torch._functorch.config.activation_memory_budget < 1 or any(b is not None for b in budgets)
+
+
+def no_budget_of_zero() -> AbstractContextManager[None]:
+    """Let a budget of 0 be the least above it: of 0 torch saves the inputs, whatever is marked to be saved."""
+    budget = torch._functorch.config.activation_memory_budget
+    return activation_memory_budget(budget or sys.float_info.min)
 
 
 def no_buffer_donated() -> AbstractContextManager[None]:
