@@ -15,6 +15,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn  # base class 
 
 __all__ = [
     "CustomPartitionerFn",
+    "GraphRun",
     "activation_memory_budget",
     "cache_folder",
     "cheap_recomputation",
@@ -134,8 +135,8 @@ def has_a_budget(graph: fx.Graph) -> bool:
     For all graphs, or for a region: torch then notes the budget on each of its nodes.
     """
     of_region = getattr(torch.fx.traceback, "_get_memory_budget_annotation", lambda node: None)  # not in 2.11
-    budgets = [of_region(n) or n.meta.get("memory_budget") for n in graph.nodes]
-    return torch._functorch.config.activation_memory_budget < 1 or any(b is not None for b in budgets)
+    is_noted = any(of_region(n) is not None or n.meta.get("memory_budget") is not None for n in graph.nodes)
+    return is_noted or torch._functorch.config.activation_memory_budget < 1
 
 
 def no_budget_of_zero() -> AbstractContextManager[None]:
@@ -150,6 +151,24 @@ def no_buffer_donated() -> AbstractContextManager[None]:
     return patched
 
 
+class GraphRun(fx.Interpreter):
+    """Runs a graph in plain ATen, with random numbers by their seeds.
+
+    Outside of its kernels Inductor's operators do without the seed: a mask that the backward computes again would be
+    another.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a node that calls a function."""
+        prims = torch.ops.prims
+        if target not in (prims.inductor_random.default, prims.inductor_randint.default):
+            return super().call_function(target, args, kwargs)
+        (seed,) = (a for a in args if isinstance(a, torch.Tensor))
+        with torch.random.fork_rng([seed.device] if seed.device.type != "cpu" else []):
+            torch.manual_seed(int(seed))
+            return target(*args, **kwargs)
+
+
 def partition_only(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -161,7 +180,7 @@ def partition_only(
     def run_eagerly(graph: fx.GraphModule, _inputs: Sequence[Any], **_kwargs: Any) -> Any:
         from functorch.compile import make_boxed_func
 
-        return make_boxed_func(graph.forward)
+        return make_boxed_func(GraphRun(graph).run)
 
     with torch._functorch.config.patch(enable_autograd_cache=False):  # its entries need kernels
         compiled: Any = compile_fx(

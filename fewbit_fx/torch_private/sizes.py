@@ -36,7 +36,7 @@ def nbytes(node: fx.Node) -> int:
 
 
 def has_known_size(node: fx.Node) -> bool:
-    """Whether the partitioner can count the bytes of a node's value. Some of Inductor's own passes make nodes without."""
+    """Whether the partitioner can count the bytes of a node's value, which it cannot of all without a fake one."""
     if "val" in node.meta:
         return True
     try:
