@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,11 +10,16 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fewbit_fx.torch_private.graphs import OpOverload
-from fewbit_fx.torch_private.inductor import cheap_recomputation, has_a_budget, min_cut_rematerialization_partition
-from fewbit_fx.torch_private.sizes import storage_nbytes
+from fewbit_fx.torch_private.graphs import OpOverload, argument
+from fewbit_fx.torch_private.inductor import (
+    cheap_recomputation,
+    has_a_budget,
+    min_cut_rematerialization_partition,
+    no_budget_of_zero,
+)
+from fewbit_fx.torch_private.sizes import has_known_size, storage_nbytes
 
-from .graph import aten, is_local, prims, value_of
+from .graph import aten, descendants, is_local, prims, tangents, value_of
 from .partition import Partition
 from .splice import copy_module
 
@@ -25,13 +31,20 @@ _GATHERING = frozenset({aten.index.Tensor, aten.gather.default, aten.embedding.d
 def own_cut(gm: fx.GraphModule, joint_inputs: Sequence[object], alive: tuple[int, ...], **kwargs: Any) -> Partition:
     """Cut a joint graph as torch.compile does. It is left without duplicates.
 
+    Under a budget torch draws random numbers anew in the backward: dropout then has two masks (pytorch 190717). Here
+    they are saved, or the seeds that they are made of.
+
     Args:
         gm: The joint graph.
         joint_inputs: Its inputs.
         alive: Positions of the inputs that live anyway.
         **kwargs: What Inductor passes to a partitioner.
     """
-    forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+    drawn = _mark_drawn_numbers(gm.graph) if has_a_budget(gm.graph) else False
+    with no_budget_of_zero() if drawn else contextlib.nullcontext():
+        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+    for graph in (gm.graph, forward.graph, backward.graph):
+        _unmark(graph)
     return Partition(forward, backward, kwargs["num_fwd_outputs"], alive)
 
 
@@ -48,15 +61,17 @@ def leaner_cuts(
         Each cut with its joint graph, but for one whose backward would draw random numbers anew all the same. There
         are two where wider copies are of views: a view keeps its whole storage, which pays where others keep it too.
     """
-    choices = [None] if has_a_budget() else _choices(gm.graph)  # marked, a budget may save a tuple whole, no tensor
+    if not all(has_known_size(n) for n in gm.graph.nodes if n.op == "call_function"):
+        return  # as in the trace of torch.func.linearize: torch's algorithm would raise where it may compute more again
+    choices = (
+        [None] if has_a_budget(gm.graph) else _choices(gm.graph)
+    )  # marked, a budget may save a tuple whole, no tensor
     for i, again in enumerate(choices):
         uncut = gm if i == len(choices) - 1 else copy_module(gm)  # a cut changes its graph
         if again:
             _mark(uncut.graph, again)
         with cheap_recomputation(all_unmarked=again is not None):
             partition = own_cut(uncut, joint_inputs, alive, **kwargs)
-        for graph in (uncut.graph, partition.forward.graph, partition.backward.graph):
-            _unmark(graph)
         if not any(map(_draws_numbers, partition.backward.graph.nodes)):
             yield partition, uncut.graph
 
@@ -80,6 +95,25 @@ def _mark(graph: fx.Graph, again: Callable[[fx.Node], bool]) -> None:
                 node.meta |= {"recompute": CheckpointPolicy.MUST_SAVE, _MARK: True}
             elif again(node):
                 node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, _MARK: True}
+
+
+def _mark_drawn_numbers(graph: fx.Graph) -> bool:
+    """Let no random number of the forward be drawn anew, but for those that a checkpoint has marked.
+
+    Returns:
+        Whether there are any.
+    """
+    gradients, marked = descendants(tangents(graph)), False
+    for node in graph.nodes:
+        if node.op != "call_function" or not _draws_numbers(node) or node.meta.get("recompute"):
+            continue
+        if argument(node, "dropout_p") != 0:  # attention is tagged where it drops nothing, too
+            parts = [node] if isinstance(value_of(node), Tensor) else list(node.users)  # a tuple is not saved whole
+            for part in parts:
+                if part not in gradients:
+                    part.meta |= {"recompute": CheckpointPolicy.MUST_SAVE, _MARK: True}
+                    marked = True
+    return marked
 
 
 def _unmark(graph: fx.Graph) -> None:

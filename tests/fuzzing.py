@@ -28,7 +28,7 @@ from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.pipeline import Work
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.passes.representations import Exact, Representation
-from fewbit_fx.torch_private.inductor import activation_memory_budget, partition_only
+from fewbit_fx.torch_private.inductor import GraphRun, activation_memory_budget, partition_only
 from fewbit_fx.torch_private.sizes import hint
 
 BATCH, TOKENS, WIDTH, HEADS, CLASSES, CHANNELS = 2, 32, 64, 4, 16, 8
@@ -372,7 +372,7 @@ def assert_same(mine: Tensor | None, theirs: Tensor | None, dtype: torch.dtype) 
     assert (mine - theirs)[finite].norm() <= close * theirs[finite].norm() + 1e-30
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(GraphRun):
     """Runs a graph and keeps the value of each node by name."""
 
     def __init__(self, module: fx.GraphModule) -> None:

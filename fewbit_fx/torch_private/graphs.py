@@ -14,7 +14,7 @@ from torch._ops import OpOverload  # the type of an ATen operation as a node's t
 from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["OpOverload", "inductor_decompositions", "make_graph_module", "trace_for_all_shapes"]
+__all__ = ["OpOverload", "argument", "inductor_decompositions", "make_graph_module", "trace_for_all_shapes"]
 
 
 def trace_for_all_shapes(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
@@ -46,6 +46,15 @@ def _follow_the_device(graph: fx.Graph, traced_on: torch.device) -> None:
             node.kwargs = {**node.kwargs, "device": device}
     if not device.users:
         graph.erase_node(device)
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """An argument of an ATen operation by its name in the schema; None where the operation has none of that name."""
+    assert isinstance(node.target, OpOverload)
+    for i, known in enumerate(node.target._schema.arguments):
+        if known.name == name:
+            return node.args[i] if i < len(node.args) else node.kwargs.get(name, known.default_value)
+    return None
 
 
 def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:

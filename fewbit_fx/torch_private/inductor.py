@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn  # base class 
 
 __all__ = [
     "CustomPartitionerFn",
+    "GraphRun",
     "activation_memory_budget",
     "bypass_caches",
     "cache_folder",
@@ -23,6 +25,7 @@ __all__ = [
     "has_a_budget",
     "inductor_options",
     "min_cut_rematerialization_partition",
+    "no_budget_of_zero",
     "no_buffer_donated",
     "partition_only",
     "partition_settings",
@@ -141,15 +144,44 @@ def activation_memory_budget(budget: float) -> AbstractContextManager[None]:
     return patched
 
 
-def has_a_budget() -> bool:
-    """Whether the user asks torch's partitioner for less activation memory than its default takes."""
-    return torch._functorch.config.activation_memory_budget < 1
+def has_a_budget(graph: fx.Graph) -> bool:
+    """Whether the user asks torch's partitioner for less activation memory than its default takes.
+
+    For all graphs, or for a region: torch then notes the budget on each of its nodes.
+    """
+    of_region = getattr(torch.fx.traceback, "_get_memory_budget_annotation", lambda node: None)  # not in 2.11
+    is_noted = any(of_region(n) is not None or n.meta.get("memory_budget") is not None for n in graph.nodes)
+    return is_noted or torch._functorch.config.activation_memory_budget < 1
+
+
+def no_budget_of_zero() -> AbstractContextManager[None]:
+    """Let a budget of 0 be the least above it: of 0 torch saves the inputs, whatever is marked to be saved."""
+    budget = torch._functorch.config.activation_memory_budget
+    return activation_memory_budget(budget or sys.float_info.min)
 
 
 def no_buffer_donated() -> AbstractContextManager[None]:
     """Compile backwards that may run again and again, as a benchmark repeats them."""
     patched: AbstractContextManager[None] = torch._functorch.config.patch(donated_buffer=False)
     return patched
+
+
+class GraphRun(fx.Interpreter):
+    """Runs a graph in plain ATen, with random numbers by their seeds.
+
+    Outside of its kernels Inductor's operators do without the seed: a mask that the backward computes again would be
+    another.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a node that calls a function."""
+        prims = torch.ops.prims
+        if target not in (prims.inductor_random.default, prims.inductor_randint.default):
+            return super().call_function(target, args, kwargs)
+        (seed,) = (a for a in args if isinstance(a, torch.Tensor))
+        with torch.random.fork_rng([seed.device] if seed.device.type != "cpu" else []):
+            torch.manual_seed(int(seed))
+            return target(*args, **kwargs)
 
 
 def partition_only(
@@ -163,7 +195,7 @@ def partition_only(
     def run_eagerly(graph: fx.GraphModule, _inputs: Sequence[Any], **_kwargs: Any) -> Any:
         from functorch.compile import make_boxed_func
 
-        return make_boxed_func(graph.forward)
+        return make_boxed_func(GraphRun(graph).run)
 
     with torch._functorch.config.patch(enable_autograd_cache=False):  # its entries need kernels
         compiled: Any = compile_fx(

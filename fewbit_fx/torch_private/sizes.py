@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 __all__ = [
     "bare_symbol",
+    "has_known_size",
     "has_size_from_data",
     "hint",
     "is_symbol",
@@ -32,6 +33,17 @@ __all__ = [
 def nbytes(node: fx.Node) -> int:
     """Bytes of a node's value by the partitioner's own count, with hints for symbolic sizes."""
     return int(_size_of(node))
+
+
+def has_known_size(node: fx.Node) -> bool:
+    """Whether the partitioner can count the bytes of a node's value, which it cannot of all without a fake one."""
+    if "val" in node.meta:
+        return True
+    try:
+        _size_of(node)
+    except RuntimeError:
+        return False
+    return True
 
 
 def storage_key(node: fx.Node) -> object:

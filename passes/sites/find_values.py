@@ -50,7 +50,7 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
         joint: The joint graph of the cut.
         partition: The cut.
     """
-    nodes, data = by_name(joint), _data(joint)
+    nodes, data = by_name(joint), _data(joint, partition.num_fwd_outputs)
     backward = partition.backward.graph
     gradients, read = descendants(tangents(backward)), by_name(backward)
     readers = _readers(backward, gradients, _norm_inputs(joint))
@@ -97,11 +97,18 @@ def _packet(node: fx.Node) -> object:
     return node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
 
 
-def _data(joint: fx.Graph) -> set[object]:
-    """Storages of the inputs of the graph whose gradient is not asked for: what is saved is often a view of one."""
+def _data(joint: fx.Graph, num_fwd_outputs: int) -> set[object]:
+    """Storages of the inputs of the graph whose gradient is not asked for, or not known to be.
+
+    As storages, for what is saved is often a view of one. A wrapper subclass that needs no gradient, such as a weight
+    in 4 bits with its scales, is several inputs and one missing gradient. Which input a gradient belongs to is then
+    not known.
+    """
     incoming = set(tangents(joint))
     inputs = [n for n in placeholders(joint) if n not in incoming]
-    gradients = output_values(joint)[-len(inputs) :] if inputs else []
+    gradients = output_values(joint)[num_fwd_outputs:]
+    if len(gradients) != len(inputs):
+        return {storage_key(n) for n in inputs}
     return {storage_key(n) for n, gradient in zip(inputs, gradients, strict=True) if gradient is None}
 
 
