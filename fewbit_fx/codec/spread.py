@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import cycle
 
 from torch import Tensor
@@ -20,6 +21,11 @@ def elements_all_over(x: Tensor, number: Tensor) -> Tensor:
     Returns:
         Tensor of shape (n,). Of less than n elements some are there more than once.
     """
-    # Multiples of a stride, modulo 1 in units of 2^-32, spread over each dimension.
-    where = tuple((number * stride) % 2**32 * size >> 32 for size, stride in zip(x.shape, cycle(_STRIDES)))
+    where = positions_all_over(x.shape, number)
     return x[where] if where else x.expand(len(number))
+
+
+def positions_all_over(shape: Sequence[int], number: Tensor) -> tuple[Tensor, ...]:
+    """Where in a tensor of this shape the elements of :func:`elements_all_over` are, in each dimension."""
+    # Multiples of a stride, modulo 1 in units of 2^-32, spread over each dimension.
+    return tuple((number * stride) % 2**32 * size >> 32 for size, stride in zip(shape, cycle(_STRIDES)))
