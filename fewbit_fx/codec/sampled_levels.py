@@ -34,11 +34,13 @@ from fewbit_fx.codec.encode_decode import (
 from fewbit_fx.codec.nonfinite import Undefined, is_finite
 from fewbit_fx.codec.spread import elements_all_over
 
-EXPONENT = 2 / 3
+# Whole numbers and ratios of them: where shapes are dynamic, Dynamo makes inputs of a graph of floats that it reads
+# from a module or an object, and those of two drop-ins, which are subgraphs, get in each other's way.
+_EXPONENT = 2, 3
 _SAMPLE, _ANCHORS = 480, 16  # with anchors on both sides as many as Inductor sorts within a kernel of a GPU
-_NEAREST, _PER_OCTAVE = 0.25, 2  # of anchors, which so reach from 0.25 to 45
-_SHARE = 0.6  # of what the rises of f' within the sample sum to, those beyond it have so much at most
-_NO_WEIGHT = 1e-6  # an anchor is a level only where it is alone
+_NEAREST, _PER_OCTAVE = (1, 4), 2  # of anchors, which so reach from 0.25 to 45
+_SHARE = 3, 5  # of what the rises of f' within the sample sum to, those beyond it have so much at most
+_NO_WEIGHT = 1, 10**6  # an anchor is a level only where it is alone
 
 
 class Axis(enum.Enum):
@@ -70,14 +72,14 @@ class SampledScheme:
     Attributes:
         code_bits: Bits per code, at most ``config.MOST_BITS_OF_SAMPLED_LEVELS``. The first may be the side of 0.
         axis: What is divided.
-        sum_of_sides: f'(-x) + f'(x), where the side is told.
+        sum_of_sides: f'(-x) + f'(x), where the side is told, as a ratio of whole numbers.
         undefined: Which of NaN and the infinities have a derivative that is not finite; None if none has.
         relative_error: Predicted for typical pre-activations: root mean square of (level - f'(x)) over that of f'(x).
     """
 
     code_bits: int
     axis: Axis
-    sum_of_sides: float
+    sum_of_sides: tuple[int, int]
     undefined: Undefined | None
     relative_error: float
 
@@ -153,7 +155,7 @@ class SampledScheme:
         number = torch.arange(len(points), device=drawn.device)
         following = points[(number + 1).clamp(max=len(points) - 1)]
         values = slope(points)
-        rises = (slope(following) - values).abs() ** EXPONENT
+        rises = weigh_rises((slope(following) - values).abs())
         sums, shape = sums_up_to_each(rises), (self._intervals, len(points))
         # All that follows is of that shape, also where rows are the same: a GPU has one kernel for it then.
         sums = _with_limited_tails(rises.expand(shape), sums.expand(shape), weights == 1)
@@ -195,13 +197,15 @@ class SampledScheme:
         """The sample and the anchors, ascending along the axis, and their weights."""
         number = torch.arange(self.points, device=drawn.device)
         sample = finite(at_least_float32(drawn))
-        distance = _NEAREST * torch.exp2(((number - _SAMPLE) % _ANCHORS).to(sample.dtype) / _PER_OCTAVE)
+        distance = (_NEAREST[0] / _NEAREST[1]) * torch.exp2(
+            ((number - _SAMPLE) % _ANCHORS).to(sample.dtype) / _PER_OCTAVE
+        )
         anchors = torch.where(number < _SAMPLE + _ANCHORS, distance, -distance)
         points = torch.where(number < _SAMPLE, sample.abs() if self._one_sided else sample, anchors)
         if self.axis is Axis.DERIVATIVE:
             points = finite(at_least_float32(derivative(points.to(drawn.dtype))))
         points, order = torch.sort(points)
-        return points, torch.where(order < _SAMPLE, torch.ones_like(points), _NO_WEIGHT)
+        return points, torch.where(order < _SAMPLE, torch.ones_like(points), _NO_WEIGHT[0] / _NO_WEIGHT[1])
 
     def bits(
         self, x: Tensor, derivative: Callable[[Tensor], Tensor], lower: Tensor, compiled: bool = True
@@ -228,9 +232,18 @@ class SampledScheme:
         return [*bits, self.undefined.spares(at_least_float32(x), signs)]
 
 
-def both_sides(levels: Sequence[Tensor], sum_of_sides: float) -> list[Tensor]:
+def both_sides(levels: Sequence[Tensor], sum_of_sides: tuple[int, int]) -> list[Tensor]:
     """The levels for x below 0, and those for x above, which these are."""
-    return [*(sum_of_sides - level for level in levels), *levels]
+    return [*(sum_of_sides[0] / sum_of_sides[1] - level for level in levels), *levels]
+
+
+def weigh_rises(rises: Tensor) -> Tensor:
+    """What each rise of f' weighs, where intervals are to weigh the same.
+
+    Not as a power: for a CPU Inductor keeps what it took an exp for, and a power it computes again for each pair of
+    :func:`sums_up_to_each`, which took five times as long as all else.
+    """
+    return torch.exp(torch.log(rises) * (_EXPONENT[0] / _EXPONENT[1]))
 
 
 def finite(x: Tensor) -> Tensor:
@@ -261,7 +274,8 @@ def _with_limited_tails(rises: Tensor, sums: Tensor, is_sample: Tensor) -> Tenso
     high = torch.where(is_sample, before, -float("inf")).amax(-1, keepdim=True)  # at the last
     own = torch.minimum(torch.maximum(sums, low), high) - low
     beyond = sums - own
-    share = (_SHARE * (high - low) / (sums[:, -1:] - (high - low))).clamp(max=1)  # 0 by 0 multiplies zeros only
+    allowed = (_SHARE[0] / _SHARE[1]) * (high - low)
+    share = (allowed / (sums[:, -1:] - (high - low))).clamp(max=1)  # 0 by 0 multiplies zeros only
     return own + torch.where(beyond > 0, share * beyond, 0.0)
 
 

@@ -150,7 +150,9 @@ def choose_scheme(derivative: Function, bits: int) -> NearestScheme:
     axis, centre = _symmetry_of(derivative, bits)
     axes = [Axis.DERIVATIVE] if has_jumps(derivative, typical.x) else [axis, Axis.DERIVATIVE]
     for axis in axes:
-        sampled = SampledScheme(bits, axis, centre if axis is Axis.SIDES else 0.0, fixed.undefined, math.inf)
+        sampled = SampledScheme(
+            bits, axis, centre.as_integer_ratio() if axis is Axis.SIDES else (0, 1), fixed.undefined, math.inf
+        )
         error = _error_for(sampled, derivative, typical)
         if error <= _MUCH_WORSE * fixed.relative_error:
             return replace(sampled, relative_error=error)

@@ -234,7 +234,7 @@ def _decoder(
     bits: int,
     guarded: bool,
     mirrored: bool,
-    sum_of_sides: float | None,
+    sum_of_sides: tuple[int, int] | None,
     _gradient: torch.dtype,
     _levels: torch.dtype,
     dtype: torch.dtype,
