@@ -31,7 +31,9 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 _PLAIN = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
-def convert(model: nn.Module, bits: int = 3, *, recipe: str = "default") -> dict[str, nn.Module | Callable[..., Any]]:
+def convert(
+    model: nn.Module, bits: int = 3, *, levels: str | None = None, recipe: str = "default"
+) -> dict[str, nn.Module | Callable[..., Any]]:
     """Replace the activations in a model, in place, by those of :mod:`fewbit_fx.nn`.
 
     Replaced are activation modules of torch.nn (not their subclasses), those of
@@ -45,14 +47,16 @@ def convert(model: nn.Module, bits: int = 3, *, recipe: str = "default") -> dict
     Args:
         model: Any module; if it is an activation itself, it is not replaced, having no parent.
         bits: Bits per element, 1 to 8.
-        recipe: As of the backend: ``"exact"`` replaces just activations whose codes are exact, such as ReLU. The other
-            recipes are the same here, for an eager pipeline has no codes of values.
+        levels: What the levels fit, ``"sampled"`` or ``"typical"``, as of the backend; by default as the recipe says.
+        recipe: As of the backend: ``"exact"`` replaces just activations whose codes are exact, such as ReLU, and
+            ``"derivatives"`` has typical levels. The other recipes are the same here, for an eager pipeline has no
+            codes of values.
 
     Returns:
         What was replaced: the path of each in the model, and the original.
 
     Raises:
-        TypeError, ValueError: ``bits`` or ``recipe`` is not allowed.
+        TypeError, ValueError: ``bits``, ``levels`` or ``recipe`` is not allowed.
 
     Example:
         >>> import torch, fewbit_fx
@@ -62,7 +66,7 @@ def convert(model: nn.Module, bits: int = 3, *, recipe: str = "default") -> dict
         >>> model[1]
         GELU(approximate='none', bits=2)
     """
-    config = FewBitConfig(bits=bits, recipe=recipe)
+    config = FewBitConfig(bits=bits, recipe=recipe).updated({} if levels is None else {"levels": levels})
     replaced: dict[str, nn.Module | Callable[..., Any]] = {}
     known: dict[nn.Module, nn.Module | None] = {}  # a module used in several places stays one
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -74,7 +78,8 @@ def convert(model: nn.Module, bits: int = 3, *, recipe: str = "default") -> dict
             continue
         if path:
             if module not in known:
-                known[module] = _few_bit_form(module, bits) if config.derivatives or _is_exact(module, bits) else None
+                wanted = config.derivatives or _is_exact(module, bits)
+                known[module] = _few_bit_form(module, bits, config.levels) if wanted else None
             new = known[module]
             if new is not None:
                 setattr(modules[head], name, new)
@@ -85,7 +90,7 @@ def convert(model: nn.Module, bits: int = 3, *, recipe: str = "default") -> dict
             if callable(value) and not attribute.startswith("_") and _hashable(value) and value in _FUNCTIONS:
                 if not config.derivatives and not _is_exact(value, bits):
                     continue
-                setattr(module, attribute, functools.partial(_FUNCTIONS[value], bits=bits))
+                setattr(module, attribute, functools.partial(_FUNCTIONS[value], bits=bits, levels=config.levels))
                 replaced[f"{path}.{attribute}".lstrip(".")] = value
     return replaced
 
@@ -98,16 +103,16 @@ def _is_exact(activation: Callable[[Tensor], Tensor], bits: int) -> bool:
         return False
 
 
-def _few_bit_form(module: nn.Module, bits: int) -> nn.Module | None:
+def _few_bit_form(module: nn.Module, bits: int, levels: str) -> nn.Module | None:
     """The module's replacement, or None."""
     if type(module) in _MODULES:
         new = copy.copy(module)  # with the same parameters and hooks
         new.__class__ = _MODULES[type(module)]
-        setattr(new, "bits", bits)  # noqa: B010  (an attribute that type checkers do not know of)
+        vars(new).update(bits=bits, levels=levels)
         return new
     if type(module).__module__ == "transformers.activations" and not module.state_dict():
         try:
-            new = fewbit_fx.nn.Pointwise(_Stateless(module), bits)
+            new = fewbit_fx.nn.Pointwise(_Stateless(module), bits, levels)
         except NotCodableError:  # squared ReLU, a linear one
             return None
         share_hooks(module, new)

@@ -1,10 +1,12 @@
 """The activation modules of torch.nn with few-bit saved tensors, for eager and compiled pipelines.
 
-Each is a subclass of its namesake, with its arguments and ``bits``, 1 to 8 (default 3). The output is
-the namesake's own, bit for bit; for the backward b bits per element are saved (fewer where fewer
-levels are exact: one for ReLU and its kind). They have the namesake's parameters and state_dict.
+Each is a subclass of its namesake, with its arguments, and ``bits``, 1 to 8 (default 3), and ``levels``, as of
+:class:`fewbit_fx.FewBitConfig`. The output is the namesake's own, bit for bit. For the backward b bits per element are
+saved (fewer where fewer levels are exact: one for ReLU and its kind); and with ``levels="sampled"``, the default, up to
+4 bits and where no levels are exact, the levels themselves, 2^b numbers for each call or half of them. They have the
+namesake's parameters and state_dict.
 
-All raise TypeError or ValueError for ``bits`` out of range.
+All raise TypeError or ValueError for ``bits`` or ``levels`` that are not allowed.
 """
 
 from __future__ import annotations
@@ -21,17 +23,20 @@ from fewbit_fx.eager.coded_derivative import coded_function
 
 
 class _FewBit(nn.Module):
-    """Adds ``bits`` to an activation module of torch.nn."""
+    """Adds ``bits`` and ``levels`` to an activation module of torch.nn."""
 
     bits: int
+    levels: str
 
-    def __init__(self, *args: Any, bits: int = 3, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, bits: int = 3, levels: str = "sampled", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.bits = FewBitConfig(bits=bits).bits
+        config = FewBitConfig(bits=bits, levels=levels)
+        self.bits, self.levels = config.bits, config.levels
 
     def extra_repr(self) -> str:
-        """The namesake's arguments, and bits."""
-        return ", ".join(part for part in (super().extra_repr(), f"bits={self.bits}") if part)
+        """The namesake's arguments, and bits, and levels that are not the default ones."""
+        levels = "" if self.levels == "sampled" else f"levels={self.levels!r}"
+        return ", ".join(part for part in (super().extra_repr(), f"bits={self.bits}", levels) if part)
 
 
 class Pointwise(_FewBit):
@@ -41,10 +46,11 @@ class Pointwise(_FewBit):
         function: Takes a tensor, returns a tensor of the same shape, element by element. It is fitted and
             compiled once per function object; to pickle the module, the function must be picklable.
         bits: Bits per element.
+        levels: ``"sampled"`` or ``"typical"``.
 
     Raises:
         NotCodableError: A ValueError: the derivative is unbounded, undefined or constant.
-        ValueError: The function fails on a float64 tensor, or is not pointwise.
+        ValueError: The function fails on a float64 tensor, or is not pointwise; or an option is not allowed.
 
     Example:
         >>> import torch, fewbit_fx
@@ -56,10 +62,10 @@ class Pointwise(_FewBit):
         fewbit_fx.codebooks.sampling.NotCodableError: its derivative grows without bound
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], bits: int = 3) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], bits: int = 3, levels: str = "sampled") -> None:
         nn.Module.__init__(self)
         self.function = function
-        self.bits = bits
+        self._code(bits, levels)
 
     @property
     def bits(self) -> int:
@@ -68,12 +74,24 @@ class Pointwise(_FewBit):
 
     @bits.setter
     def bits(self, bits: int) -> None:
-        self._coded = coded_function(self.function, bits)  # here, so that it fails here, not in training
-        self._bits = bits
+        self._code(bits, self._levels)
+
+    @property
+    def levels(self) -> str:
+        """What the levels fit."""
+        return self._levels
+
+    @levels.setter
+    def levels(self, levels: str) -> None:
+        self._code(self._bits, levels)
+
+    def _code(self, bits: int, levels: str) -> None:
+        self._coded = coded_function(self.function, bits, levels)  # here, so that it fails here, not in training
+        self._bits, self._levels = bits, levels
 
     def forward(self, input: Tensor) -> Tensor:
         """``function(input)``."""
-        return apply_function(self.function, input, self.bits, self._coded)
+        return apply_function(self.function, input, self.bits, self.levels, self._coded)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what follows from the function."""
@@ -81,7 +99,7 @@ class Pointwise(_FewBit):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.bits = self._bits
+        self._code(self._bits, self._levels)
 
 
 class ELU(_FewBit, nn.ELU):
@@ -89,7 +107,7 @@ class ELU(_FewBit, nn.ELU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.elu(input, self.alpha, self.inplace, bits=self.bits)
+        return F.elu(input, self.alpha, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class CELU(_FewBit, nn.CELU):
@@ -97,7 +115,7 @@ class CELU(_FewBit, nn.CELU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.celu(input, self.alpha, self.inplace, bits=self.bits)
+        return F.celu(input, self.alpha, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class SELU(_FewBit, nn.SELU):
@@ -105,7 +123,7 @@ class SELU(_FewBit, nn.SELU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.selu(input, self.inplace, bits=self.bits)
+        return F.selu(input, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class GELU(_FewBit, nn.GELU):
@@ -122,7 +140,7 @@ class GELU(_FewBit, nn.GELU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.gelu(input, self.approximate, bits=self.bits)
+        return F.gelu(input, self.approximate, bits=self.bits, levels=self.levels)
 
 
 class SiLU(_FewBit, nn.SiLU):
@@ -130,7 +148,7 @@ class SiLU(_FewBit, nn.SiLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.silu(input, self.inplace, bits=self.bits)
+        return F.silu(input, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class Mish(_FewBit, nn.Mish):
@@ -138,7 +156,7 @@ class Mish(_FewBit, nn.Mish):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.mish(input, self.inplace, bits=self.bits)
+        return F.mish(input, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class Softplus(_FewBit, nn.Softplus):
@@ -146,7 +164,7 @@ class Softplus(_FewBit, nn.Softplus):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.softplus(input, self.beta, self.threshold, bits=self.bits)
+        return F.softplus(input, self.beta, self.threshold, bits=self.bits, levels=self.levels)
 
 
 class Softsign(_FewBit, nn.Softsign):
@@ -154,7 +172,7 @@ class Softsign(_FewBit, nn.Softsign):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.softsign(input, bits=self.bits)
+        return F.softsign(input, bits=self.bits, levels=self.levels)
 
 
 class Tanh(_FewBit, nn.Tanh):
@@ -162,7 +180,7 @@ class Tanh(_FewBit, nn.Tanh):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.tanh(input, bits=self.bits)
+        return F.tanh(input, bits=self.bits, levels=self.levels)
 
 
 class Tanhshrink(_FewBit, nn.Tanhshrink):
@@ -170,7 +188,7 @@ class Tanhshrink(_FewBit, nn.Tanhshrink):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.tanhshrink(input, bits=self.bits)
+        return F.tanhshrink(input, bits=self.bits, levels=self.levels)
 
 
 class Sigmoid(_FewBit, nn.Sigmoid):
@@ -178,7 +196,7 @@ class Sigmoid(_FewBit, nn.Sigmoid):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.sigmoid(input, bits=self.bits)
+        return F.sigmoid(input, bits=self.bits, levels=self.levels)
 
 
 class LogSigmoid(_FewBit, nn.LogSigmoid):
@@ -186,7 +204,7 @@ class LogSigmoid(_FewBit, nn.LogSigmoid):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.logsigmoid(input, bits=self.bits)
+        return F.logsigmoid(input, bits=self.bits, levels=self.levels)
 
 
 class Hardswish(_FewBit, nn.Hardswish):
@@ -194,7 +212,7 @@ class Hardswish(_FewBit, nn.Hardswish):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.hardswish(input, self.inplace, bits=self.bits)
+        return F.hardswish(input, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class Hardsigmoid(_FewBit, nn.Hardsigmoid):
@@ -202,7 +220,7 @@ class Hardsigmoid(_FewBit, nn.Hardsigmoid):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.hardsigmoid(input, self.inplace, bits=self.bits)
+        return F.hardsigmoid(input, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class Hardtanh(_FewBit, nn.Hardtanh):
@@ -210,7 +228,7 @@ class Hardtanh(_FewBit, nn.Hardtanh):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.hardtanh(input, self.min_val, self.max_val, self.inplace, bits=self.bits)
+        return F.hardtanh(input, self.min_val, self.max_val, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class ReLU(_FewBit, nn.ReLU):
@@ -218,7 +236,7 @@ class ReLU(_FewBit, nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.relu(input, self.inplace, bits=self.bits)
+        return F.relu(input, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class ReLU6(_FewBit, nn.ReLU6):
@@ -226,7 +244,7 @@ class ReLU6(_FewBit, nn.ReLU6):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.relu6(input, self.inplace, bits=self.bits)
+        return F.relu6(input, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class LeakyReLU(_FewBit, nn.LeakyReLU):
@@ -234,7 +252,7 @@ class LeakyReLU(_FewBit, nn.LeakyReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.leaky_relu(input, self.negative_slope, self.inplace, bits=self.bits)
+        return F.leaky_relu(input, self.negative_slope, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class RReLU(_FewBit, nn.RReLU):
@@ -242,7 +260,7 @@ class RReLU(_FewBit, nn.RReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.rrelu(input, self.lower, self.upper, self.training, self.inplace, bits=self.bits)
+        return F.rrelu(input, self.lower, self.upper, self.training, self.inplace, bits=self.bits, levels=self.levels)
 
 
 class PReLU(_FewBit, nn.PReLU):
@@ -250,7 +268,7 @@ class PReLU(_FewBit, nn.PReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.prelu(input, self.weight, bits=self.bits)
+        return F.prelu(input, self.weight, bits=self.bits, levels=self.levels)
 
 
 class Hardshrink(_FewBit, nn.Hardshrink):
@@ -258,7 +276,7 @@ class Hardshrink(_FewBit, nn.Hardshrink):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.hardshrink(input, self.lambd, bits=self.bits)
+        return F.hardshrink(input, self.lambd, bits=self.bits, levels=self.levels)
 
 
 class Softshrink(_FewBit, nn.Softshrink):
@@ -266,7 +284,7 @@ class Softshrink(_FewBit, nn.Softshrink):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.softshrink(input, self.lambd, bits=self.bits)
+        return F.softshrink(input, self.lambd, bits=self.bits, levels=self.levels)
 
 
 class Threshold(_FewBit, nn.Threshold):
@@ -274,4 +292,4 @@ class Threshold(_FewBit, nn.Threshold):
 
     def forward(self, input: Tensor) -> Tensor:
         """Elementwise."""
-        return F.threshold(input, self.threshold, self.value, self.inplace, bits=self.bits)
+        return F.threshold(input, self.threshold, self.value, self.inplace, bits=self.bits, levels=self.levels)

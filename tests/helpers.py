@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -13,6 +15,8 @@ from torch import Tensor, fx, nn
 from fewbit_fx.codebooks.density import Typical
 from fewbit_fx.codebooks.fitting import Codebook, fit_codebook
 from fewbit_fx.codebooks.sampling import sample_derivative
+from fewbit_fx.codec.sampled_levels import SampledScheme
+from fewbit_fx.codec.scheme import choose_scheme
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.passes.graph import output_values
 from fewbit_fx.passes.partition import Partition
@@ -126,6 +130,31 @@ def oracle_factor(function: Callable[[Tensor], Tensor], x: Tensor, levels: tuple
     two_nearest = distance.topk(2, largest=False).values
     certain = (two_nearest[..., 1] - two_nearest[..., 0]) > 1e-5
     return levels[distance.argmin(-1)], certain
+
+
+@functools.cache
+def sampled_scheme(function: Callable[[Tensor], Tensor], bits: int) -> SampledScheme:
+    """How a function's derivative is coded with levels from a sample, from autograd's derivative."""
+
+    def slope(x: np.ndarray) -> np.ndarray:
+        with torch.enable_grad():
+            return derivative(function, torch.from_numpy(np.array(x))).numpy()
+
+    scheme = choose_scheme(slope, bits)
+    assert isinstance(scheme, SampledScheme)
+    return scheme
+
+
+def sampled_factor(function: Callable[[Tensor], Tensor], x: Tensor, bits: int) -> Tensor:
+    """The level of each element with levels from a sample of the whole tensor: plain eager PyTorch, without planes."""
+
+    def slope(points: Tensor) -> Tensor:
+        with torch.enable_grad():
+            points = (points if points.dtype == torch.float64 else points.float()).detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(function(points).sum(), points)
+        return gradient
+
+    return sampled_scheme(function, bits).coded(x.detach(), slope)
 
 
 class CodedActivation(torch.autograd.Function):

@@ -109,14 +109,14 @@ def test_no_more_is_saved() -> None:
     assert site.bytes_after == 64 * 256 * 3 // 8
 
 
-# The drop-ins.
+# The drop-ins, with levels that do not hang on x. Those that do: test_drop_ins_sampled.py.
 
 
 @pytest.mark.usefixtures("eager_kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODULES)
 def test_drop_ins(name: str, dtype: torch.dtype) -> None:
-    ours, torchs = (module.to(dtype) for module in pair(name))
+    ours, torchs = (module.to(dtype) for module in pair(name, levels="typical"))
     x = (2 * torch.randn(64, 256)).to(dtype)
     bad = poisoned(x)
     found, clean, exact = (_gradient(m, v) for m, v in ((ours, bad), (ours, x), (torchs, bad)))
@@ -128,7 +128,7 @@ def test_drop_ins(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(1,), (31,), (2050,), (33, 77)], ids=str)
 @pytest.mark.parametrize("name", ["GELU", "Tanh", "SiLU"])
 def test_drop_ins_bits_and_sizes(name: str, shape: tuple[int, ...], bits: int) -> None:
-    ours, torchs = pair(name, bits)
+    ours, torchs = pair(name, bits, levels="typical")
     x = torch.randn(shape)
     bad = poisoned(x)
     found, clean, exact = (_gradient(m, v) for m, v in ((ours, bad), (ours, x), (torchs, bad)))
@@ -151,7 +151,7 @@ def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def test_compiled(dtype: torch.dtype) -> None:
     """Functions coded by the backend, from x and from f'(x), an exact mask, and a drop-in of one bit, in one graph."""
     functions = [CASES[n].module for n in ("GELU", "Tanh", "x + sin(x)^2", "ReLU")]
-    one_bit = Lambda(lambda x: fewbit_fx.functional.sigmoid(x, bits=1))
+    one_bit = Lambda(lambda x: fewbit_fx.functional.sigmoid(x, bits=1, levels="typical"))
 
     def run(*xs: Tensor) -> Tensor:
         return torch.stack([f(x * 1) * 3 for f, x in zip([*functions, one_bit], xs, strict=True)])
@@ -172,7 +172,7 @@ def test_compiled(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_kernels_of_drop_ins(dtype: torch.dtype) -> None:
-    ours, torchs = pair("GELU")
+    ours, torchs = pair("GELU", levels="typical")
     x = torch.randn(3, 700, dtype=dtype)
     bad = poisoned(x)
     check(_gradient(ours, bad), _gradient(ours, x), _gradient(torchs, bad), bad)

@@ -34,11 +34,13 @@ from fewbit_fx.codec.encode_decode import (
 from fewbit_fx.codec.nonfinite import Undefined, is_finite
 from fewbit_fx.codec.spread import elements_all_over
 
-EXPONENT = 2 / 3
+# Whole numbers and ratios of them: where shapes are dynamic, Dynamo makes inputs of a graph of floats that it reads
+# from a module or an object, and those of two drop-ins, which are subgraphs, get in each other's way.
+_EXPONENT = 2, 3
 _SAMPLE, _ANCHORS = 480, 16  # with anchors on both sides as many as Inductor sorts within a kernel of a GPU
-_NEAREST, _PER_OCTAVE = 0.25, 2  # of anchors, which so reach from 0.25 to 45
-_SHARE = 0.6  # of what the rises of f' within the sample sum to, those beyond it have so much at most
-_NO_WEIGHT = 1e-6  # an anchor is a level only where it is alone
+_NEAREST, _PER_OCTAVE = (1, 4), 2  # of anchors, which so reach from 0.25 to 45
+_SHARE = 3, 5  # of what the rises of f' within the sample sum to, those beyond it have so much at most
+_NO_WEIGHT = 1, 10**6  # an anchor is a level only where it is alone
 
 
 class Axis(enum.Enum):
@@ -70,14 +72,14 @@ class SampledScheme:
     Attributes:
         code_bits: Bits per code, at most ``config.MOST_BITS_OF_SAMPLED_LEVELS``. The first may be the side of 0.
         axis: What is divided.
-        sum_of_sides: f'(-x) + f'(x), where the side is told.
+        sum_of_sides: f'(-x) + f'(x), where the side is told, as a ratio of whole numbers.
         undefined: Which of NaN and the infinities have a derivative that is not finite; None if none has.
         relative_error: Predicted for typical pre-activations: root mean square of (level - f'(x)) over that of f'(x).
     """
 
     code_bits: int
     axis: Axis
-    sum_of_sides: float
+    sum_of_sides: tuple[int, int]
     undefined: Undefined | None
     relative_error: float
 
@@ -108,15 +110,21 @@ class SampledScheme:
             layout: Of the planes.
         """
         fitted = self.fit(x, derivative)
-        bits_of = functools.partial(self._bits_of, derivative=derivative, lower=fitted.lower)
+        bits_of = functools.partial(self.bits, derivative=derivative, lower=fitted.lower)
         return [*encode(x, bits_of, layout, self.guarded, self.mirrored), fitted.levels]
 
-    def decode(self, gradient: Tensor, saved: Sequence[Tensor], layout: PlaneLayout, dtype: torch.dtype) -> Tensor:
-        """``gradient * level``, of a dtype; ``saved`` and ``layout`` as for :meth:`encode`."""
+    def decode(
+        self,
+        gradient: Tensor,
+        saved: Sequence[Tensor],
+        layout: PlaneLayout,
+        dtype: torch.dtype,
+        product: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+    ) -> Tensor:
+        """``gradient * level`` by a product, of a dtype; ``saved`` and ``layout`` as for :meth:`encode`."""
         *planes, levels = saved
-        table = self._by_code(levels.unbind())
-        guarded, mirrored = self.guarded, self.mirrored
-        return decode_and_multiply(gradient, planes, table, layout, dtype, guarded=guarded, mirrored=mirrored)
+        table = self.by_code(levels.unbind())
+        return decode_and_multiply(gradient, planes, table, layout, dtype, product, self.guarded, self.mirrored)
 
     def coded(self, x: Tensor, derivative: Callable[[Tensor], Tensor]) -> Tensor:
         """The level of each element, without planes. Arguments are those of :meth:`encode`."""
@@ -124,25 +132,34 @@ class SampledScheme:
         thresholds = fitted.lower[[gray_code(rank) for rank in range(1, self._intervals)]]
         rank = torch.bucketize(self._along_axis(x, derivative).contiguous(), thresholds)
         code = torch.bitwise_xor(rank, rank >> 1) + (torch.where(x > 0, self._intervals, 0) if self.mirrored else 0)
-        return torch.stack(self._by_code(fitted.levels.unbind()))[code]
+        return torch.stack(self.by_code(fitted.levels.unbind()))[code]
 
     def fit(self, x: Tensor, derivative: Callable[[Tensor], Tensor]) -> Fitted:
         """The intervals and levels for a tensor. Arguments are those of :meth:`encode`."""
-        points, weights = self._points(x, derivative)
+        return self.fit_to(elements_all_over(x, torch.arange(self.points, device=x.device)), derivative)
+
+    def fit_to(self, drawn: Tensor, derivative: Callable[[Tensor], Tensor]) -> Fitted:
+        """The intervals and levels for a tensor of which some elements were drawn.
+
+        Args:
+            drawn: Its ``elements_all_over``, shape (points,).
+            derivative: As for :meth:`encode`.
+        """
+        points, weights = self._points(drawn, derivative)
 
         def slope(points: Tensor) -> Tensor:
             if self.axis is Axis.DERIVATIVE:
                 return points
-            return finite(at_least_float32(derivative(points.to(x.dtype))))
+            return finite(at_least_float32(derivative(points.to(drawn.dtype))))
 
-        number = torch.arange(len(points), device=x.device)
+        number = torch.arange(len(points), device=drawn.device)
         following = points[(number + 1).clamp(max=len(points) - 1)]
         values = slope(points)
-        rises = (slope(following) - values).abs() ** EXPONENT
+        rises = weigh_rises((slope(following) - values).abs())
         sums, shape = sums_up_to_each(rises), (self._intervals, len(points))
         # All that follows is of that shape, also where rows are the same: a GPU has one kernel for it then.
         sums = _with_limited_tails(rises.expand(shape), sums.expand(shape), weights == 1)
-        rank = _from_gray_code(torch.arange(self._intervals, device=x.device)).unsqueeze(-1)
+        rank = _from_gray_code(torch.arange(self._intervals, device=drawn.device)).unsqueeze(-1)
         step, is_first, is_last = sums[:, -1:] / self._intervals, rank == 0, rank == self._intervals - 1
         first = torch.where(is_first, 0, 1 + (sums < rank * step).sum(-1, keepdim=True))
         behind = 1 + (sums < (rank + 1) * step).sum(-1, keepdim=True)
@@ -163,26 +180,45 @@ class SampledScheme:
         wide = at_least_float32(x)
         return wide if self.axis is Axis.X else wide.abs()
 
-    def _by_code(self, levels: Sequence[Tensor]) -> list[Tensor]:
+    @property
+    def _one_sided(self) -> bool:
+        return self.axis in (Axis.MAGNITUDE, Axis.SIDES)
+
+    @property
+    def points(self) -> int:
+        """How many points are sorted: the sample, and anchors in place of the last elements that are drawn."""
+        return _SAMPLE + (_ANCHORS if self._one_sided else 2 * _ANCHORS)
+
+    def by_code(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """The level of each code, of the levels of intervals."""
-        return [*(self.sum_of_sides - level for level in levels), *levels] if self.mirrored else list(levels)
+        return both_sides(levels, self.sum_of_sides) if self.mirrored else list(levels)
 
-    def _points(self, x: Tensor, derivative: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _points(self, drawn: Tensor, derivative: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The sample and the anchors, ascending along the axis, and their weights."""
-        one_side = self.axis in (Axis.MAGNITUDE, Axis.SIDES)
-        number = torch.arange(_SAMPLE + (_ANCHORS if one_side else 2 * _ANCHORS), device=x.device)
-        drawn = finite(at_least_float32(elements_all_over(x, number)))
-        distance = _NEAREST * torch.exp2(((number - _SAMPLE) % _ANCHORS).to(drawn.dtype) / _PER_OCTAVE)
+        number = torch.arange(self.points, device=drawn.device)
+        sample = finite(at_least_float32(drawn))
+        distance = (_NEAREST[0] / _NEAREST[1]) * torch.exp2(
+            ((number - _SAMPLE) % _ANCHORS).to(sample.dtype) / _PER_OCTAVE
+        )
         anchors = torch.where(number < _SAMPLE + _ANCHORS, distance, -distance)
-        points = torch.where(number < _SAMPLE, drawn.abs() if one_side else drawn, anchors)
+        points = torch.where(number < _SAMPLE, sample.abs() if self._one_sided else sample, anchors)
         if self.axis is Axis.DERIVATIVE:
-            points = finite(at_least_float32(derivative(points.to(x.dtype))))
+            points = finite(at_least_float32(derivative(points.to(drawn.dtype))))
         points, order = torch.sort(points)
-        return points, torch.where(order < _SAMPLE, torch.ones_like(points), _NO_WEIGHT)
+        return points, torch.where(order < _SAMPLE, torch.ones_like(points), _NO_WEIGHT[0] / _NO_WEIGHT[1])
 
-    def _bits_of(self, x: Tensor, derivative: Callable[[Tensor], Tensor], lower: Tensor) -> list[Tensor]:
-        """The bits of the codes, the most significant first; where guarded, a last one says what is finite."""
-        signs, compared = takes_signs(x, compiled=True), self._along_axis(x, derivative)
+    def bits(
+        self, x: Tensor, derivative: Callable[[Tensor], Tensor], lower: Tensor, compiled: bool = True
+    ) -> list[Tensor]:
+        """The bits of the codes, the most significant first; where guarded, a last one says what is finite.
+
+        Args:
+            x: The tensor to encode, or a part of it.
+            derivative: As for :meth:`encode`.
+            lower: Where the intervals begin.
+            compiled: Whether Inductor compiles these operations.
+        """
+        signs, compared = takes_signs(x, compiled), self._along_axis(x, derivative)
         bits = []
         if self.mirrored:
             wide = at_least_float32(x)
@@ -194,6 +230,20 @@ class SampledScheme:
         if self.axis is Axis.DERIVATIVE:
             return [*bits, is_finite(compared)]
         return [*bits, self.undefined.spares(at_least_float32(x), signs)]
+
+
+def both_sides(levels: Sequence[Tensor], sum_of_sides: tuple[int, int]) -> list[Tensor]:
+    """The levels for x below 0, and those for x above, which these are."""
+    return [*(sum_of_sides[0] / sum_of_sides[1] - level for level in levels), *levels]
+
+
+def weigh_rises(rises: Tensor) -> Tensor:
+    """What each rise of f' weighs, where intervals are to weigh the same.
+
+    Not as a power: for a CPU Inductor keeps what it took an exp for, and a power it computes again for each pair of
+    :func:`sums_up_to_each`, which took five times as long as all else.
+    """
+    return torch.exp(torch.log(rises) * (_EXPONENT[0] / _EXPONENT[1]))
 
 
 def finite(x: Tensor) -> Tensor:
@@ -224,7 +274,8 @@ def _with_limited_tails(rises: Tensor, sums: Tensor, is_sample: Tensor) -> Tenso
     high = torch.where(is_sample, before, -float("inf")).amax(-1, keepdim=True)  # at the last
     own = torch.minimum(torch.maximum(sums, low), high) - low
     beyond = sums - own
-    share = (_SHARE * (high - low) / (sums[:, -1:] - (high - low))).clamp(max=1)  # 0 by 0 multiplies zeros only
+    allowed = (_SHARE[0] / _SHARE[1]) * (high - low)
+    share = (allowed / (sums[:, -1:] - (high - low))).clamp(max=1)  # 0 by 0 multiplies zeros only
     return own + torch.where(beyond > 0, share * beyond, 0.0)
 
 

@@ -82,10 +82,17 @@ class CodingScheme:
         """
         return encode(x, functools.partial(self.bits, derivative=derivative), layout, self.guarded, self.mirrored)
 
-    def decode(self, gradient: Tensor, saved: Sequence[Tensor], layout: PlaneLayout, dtype: torch.dtype) -> Tensor:
-        """``gradient * level``, of a dtype; ``saved`` and ``layout`` as for :meth:`encode`."""
-        levels, guarded, mirrored = self.codebook.levels, self.guarded, self.mirrored
-        return decode_and_multiply(gradient, saved, levels, layout, dtype, guarded=guarded, mirrored=mirrored)
+    def decode(
+        self,
+        gradient: Tensor,
+        saved: Sequence[Tensor],
+        layout: PlaneLayout,
+        dtype: torch.dtype,
+        product: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+    ) -> Tensor:
+        """``gradient * level`` by a product, of a dtype; ``saved`` and ``layout`` as for :meth:`encode`."""
+        levels = self.codebook.levels
+        return decode_and_multiply(gradient, saved, levels, layout, dtype, product, self.guarded, self.mirrored)
 
     @property
     def guarded(self) -> bool:
@@ -110,7 +117,8 @@ class CodingScheme:
         return [*bits, self.undefined.spares(at_least_float32(x), takes_signs(x, compiled))]
 
 
-Scheme = CodingScheme | SampledScheme | StochasticScheme
+NearestScheme = CodingScheme | SampledScheme
+Scheme = NearestScheme | StochasticScheme
 
 
 def fit_scheme(derivative: Function, bits: int) -> CodingScheme:
@@ -130,7 +138,7 @@ def _fit_to(derivative: Function, typical: Sample, bits: int) -> CodingScheme:
     return CodingScheme(book, thresholds, find_undefined(derivative), is_mirrored(book.levels))
 
 
-def choose_scheme(derivative: Function, bits: int) -> Scheme:
+def choose_scheme(derivative: Function, bits: int) -> NearestScheme:
     """Levels from a sample of each tensor; those of a codebook where that is exact, and for more than 4 bits.
 
     Raises as :func:`fit_scheme` does.
@@ -142,7 +150,9 @@ def choose_scheme(derivative: Function, bits: int) -> Scheme:
     axis, centre = _symmetry_of(derivative, bits)
     axes = [Axis.DERIVATIVE] if has_jumps(derivative, typical.x) else [axis, Axis.DERIVATIVE]
     for axis in axes:
-        sampled = SampledScheme(bits, axis, centre if axis is Axis.SIDES else 0.0, fixed.undefined, math.inf)
+        sampled = SampledScheme(
+            bits, axis, centre.as_integer_ratio() if axis is Axis.SIDES else (0, 1), fixed.undefined, math.inf
+        )
         error = _error_for(sampled, derivative, typical)
         if error <= _MUCH_WORSE * fixed.relative_error:
             return replace(sampled, relative_error=error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import cycle
 
 from torch import Tensor
@@ -22,7 +23,12 @@ def elements_all_over(x: Tensor, number: Tensor) -> Tensor:
     Returns:
         Tensor of shape (n,). Of less than n elements some are there more than once.
     """
+    where = positions_all_over(x.shape, number)
+    return x[where] if where else x.expand(len(number))
+
+
+def positions_all_over(shape: Sequence[int], number: Tensor) -> tuple[Tensor, ...]:
+    """Where in a tensor of this shape the elements of :func:`elements_all_over` are, in each dimension."""
     # Multiples of a stride, modulo 1 in units of 2^-32, spread over each dimension. By a mask, which ends what Inductor
     # takes for arithmetic of indices: a remainder, and what is made of it, would be in 32 bits too.
-    where = tuple((number * stride & _WORD) * size >> 32 for size, stride in zip(x.shape, cycle(_STRIDES)))
-    return x[where] if where else x.expand(len(number))
+    return tuple((number * stride & _WORD) * size >> 32 for size, stride in zip(shape, cycle(_STRIDES)))

@@ -26,7 +26,7 @@ from fewbit_fx.codec.encode_decode import (
     takes_signs,
 )
 from fewbit_fx.codec.nonfinite import is_finite
-from fewbit_fx.codec.sampled_levels import EXPONENT, finite, sums_up_to_each
+from fewbit_fx.codec.sampled_levels import finite, sums_up_to_each, weigh_rises
 from fewbit_fx.codec.spread import elements_all_over
 
 _SAMPLE = 512
@@ -82,7 +82,7 @@ class StochasticScheme:
         number, rank = torch.arange(_SAMPLE, device=x.device), torch.arange(self.table_numel, device=x.device)
         drawn = finite(elements_all_over(x, number))
         values, _ = torch.sort(finite(at_least_float32(derivative(drawn))))
-        rises = (values[(number + 1).clamp(max=_SAMPLE - 1)] - values) ** EXPONENT
+        rises = weigh_rises(values[(number + 1).clamp(max=_SAMPLE - 1)] - values)
         before = sums_up_to_each(rises) - rises
         wanted = before[-1] * ((rank - 1) / max(self.table_numel - 3, 1)).unsqueeze(-1)
         position = (before < wanted).sum(-1, keepdim=True)

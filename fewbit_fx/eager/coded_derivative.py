@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbit_fx.codebooks.activations import Pointwise, derivative_of, trace_derivative, undisturbed, writes_to_its_input
-from fewbit_fx.codebooks.sampling import NotCodableError
+from fewbit_fx.codebooks.sampling import Function, NotCodableError
 from fewbit_fx.codec.encode_decode import at_least_float32
-from fewbit_fx.codec.scheme import fit_scheme
+from fewbit_fx.codec.scheme import NearestScheme, choose_scheme, fit_scheme
+from fewbit_fx.config import FewBitConfig
 from fewbit_fx.eager.kernels import Encoder
 from fewbit_fx.function_cache import cached_per_function, owner_of
 
@@ -46,6 +48,7 @@ class Activation:
         return Activation(self.name, tuple({**dict(self.arguments), **rounded}.items()))
 
 
+_SCHEMES: dict[str, Callable[[Function, int], NearestScheme]] = {"sampled": choose_scheme, "typical": fit_scheme}
 _THRESHOLDS = {
     "hardtanh": ("min_val", "max_val"),
     "hardshrink": ("lambd",),
@@ -71,9 +74,9 @@ class CodedDerivative:
         return self.encoder.derivative
 
     @property
-    def levels(self) -> tuple[float, ...]:
-        """The levels of the codebook."""
-        return self.encoder.scheme.codebook.levels
+    def scheme(self) -> NearestScheme:
+        """How f' is coded."""
+        return self.encoder.scheme
 
     def value(self, function: Pointwise, x: Tensor) -> Tensor:
         """``function(x)``, with x left as it is.
@@ -84,25 +87,25 @@ class CodedDerivative:
 
 
 @cached_per_function
-def coded_function(function: Pointwise, bits: int) -> CodedDerivative:
+def coded_function(function: Pointwise, bits: int, levels: str) -> CodedDerivative:
     """The few-bit form of any pointwise function. Raises as :func:`fewbit_fx.codebook` does."""
-    scheme = fit_scheme(derivative_of(function), bits)
+    scheme = _SCHEMES[FewBitConfig(levels=levels).levels](derivative_of(function), bits)
     return CodedDerivative(Encoder(trace_derivative(function), scheme), writes_to_its_input(function))
 
 
 def coded_activation(
-    activation: Activation, bits: int, dtype: torch.dtype, device: torch.device
+    activation: Activation, bits: int, levels: str, dtype: torch.dtype, device: torch.device
 ) -> CodedDerivative | None:
     """The few-bit form of an activation for eager tensors of a dtype and device; None if it has none."""
-    return _coded_activation(activation, bits, *((dtype, device.type) if activation.thresholds() else ()))
+    return _coded_activation(activation, bits, levels, *((dtype, device.type) if activation.thresholds() else ()))
 
 
 @functools.lru_cache(maxsize=1024)
 def _coded_activation(
-    activation: Activation, bits: int, dtype: torch.dtype | None = None, device: str = "cpu"
+    activation: Activation, bits: int, levels: str, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> CodedDerivative | None:
     try:
-        scheme = fit_scheme(derivative_of(activation), bits)
+        scheme = _SCHEMES[levels](derivative_of(activation), bits)
     except NotCodableError:
         return None
     compared = activation if dtype is None else _as_compared(activation, dtype, device)
@@ -132,16 +135,16 @@ NAMED = SimpleNamespace()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]  # Dynamo is not to trace the fit
-def name_of_activation(name: str, arguments: tuple[tuple[str, float | str], ...], bits: int) -> str | None:
+def name_of_activation(name: str, arguments: tuple[tuple[str, float | str], ...], bits: int, levels: str) -> str | None:
     """The attribute of :data:`NAMED` that is the few-bit form of an activation; None if it has none."""
-    coded = _coded_activation(Activation(name, arguments), bits)
+    coded = _coded_activation(Activation(name, arguments), bits, levels)
     return None if coded is None else _named(coded)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]
-def name_of_function(function: Pointwise, bits: int) -> str:
+def name_of_function(function: Pointwise, bits: int, levels: str) -> str:
     """The attribute of :data:`NAMED` that is the few-bit form of a function, while that lives."""
-    name = _named(coded_function(function, bits))
+    name = _named(coded_function(function, bits, levels))
     weakref.finalize(owner_of(function), vars(NAMED).pop, name, None)
     return name
 
