@@ -102,7 +102,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("block", code_blocks("python"))
-def test_snippets_run_and_their_models_save_codes(block: str, compiled: list[nn.Module]) -> None:
+def test_snippets_run_and_their_models_save_codes(
+    block: str, compiled: list[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a snippet may write
     names = namespace()
     expected = names["model"](names["inputs"])
     exec(block, names)
