@@ -189,7 +189,8 @@ def test_under_vmap_each_sample_has_levels_of_its_own() -> None:
 silu = fewbit_fx.functional.silu
 
 
-def test_transforms_see_single_operations() -> None:
+@pytest.mark.usefixtures("eager_kernels")
+def test_transforms() -> None:
     x = torch.randn(70)
     expected = sampled_factor(F.silu, x, 3)
     _, pullback = vjp(silu, x)
