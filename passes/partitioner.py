@@ -71,7 +71,10 @@ class FewBitPartitioner(CustomPartitionerFn):
         try:
             cuts = {plain: gm.graph}
             if uncut:
-                cuts |= leaner_cuts(uncut, joint_inputs, alive, **kwargs)
+                leaner = leaner_cuts(uncut, joint_inputs, alive, **kwargs)
+                # One that saves a result where torch.compile saves what it computes from it would forbid the caller
+                # to write to that, and go wrong without a word where the result is a view.
+                cuts |= {cut: joint for cut, joint in leaner if cut.saved_results() <= plain.saved_results()}
             chosen, record = self._compress(cuts, plain)
         except Exception as fault:  # whatever it is: the user's training goes on, exactly, and is told so
             if self._config.strict:

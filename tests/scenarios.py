@@ -8,7 +8,7 @@ All run in plain ATen, without kernels: what differs is codes, rewritten graphs 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -160,11 +160,44 @@ def _copy(value: Any) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
+    """Equal bit for bit, NaN where NaN is."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return (
-            a.shape == b.shape
-            and a.dtype == b.dtype
-            and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
-            and (torch.equal(a.isnan(), b.isnan()))
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and bool(torch.equal(a.isnan(), b.isnan()))
+            and (bool(torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))))
         )
-    return type(a) is type(b) and a == b
+    return a is None and b is None
+
+
+def compare(scenario: Scenario, codes: bool = True) -> dict[str, Outcome]:
+    """Run a scenario by each recipe, and check what must hold of any.
+
+    Outputs are torch.compile's bit for bit; so are the gradients of the recipe "exact". Those of codes are the
+    reference's bit for bit, with another value than the exact ones somewhere: a wrong decode would show.
+
+    Args:
+        scenario: What the user does.
+        codes: Whether something is coded.
+    """
+    plain = run(scenario, None)
+    assert plain.error is None, plain.error
+    found = {"plain": plain, "exact": run(scenario, EXACT)}
+    _assert_same(found["exact"], plain)
+    for name, config in CONFIGS.items():
+        found[name] = run(scenario, config)
+        _assert_same(found[name], run(scenario, config, reference=True))
+        assert all(map(same, found[name].outputs, plain.outputs)), "the forward is the same"
+        assert bool(found[name].coded) == codes
+        assert codes != all(map(same, found[name].gradients, plain.gradients)), "the codes are used"
+        assert all(r.fewbit_bytes <= r.plain_bytes for r in found[name].records)
+    return found
+
+
+def _assert_same(mine: Outcome, theirs: Outcome) -> None:
+    assert mine.error is None, mine.error
+    assert theirs.error is None, theirs.error
+    assert len(mine.gradients) == len(theirs.gradients)
+    assert all(map(same, mine.outputs, theirs.outputs))
+    assert all(map(same, mine.gradients, theirs.gradients))
