@@ -34,20 +34,17 @@ def x_of(seed: int = 0, rows: int = 48) -> Tensor:
 
 
 class Breaking(Net):
-    """A break between x and f(x), one between a gate and what it multiplies, and one within a call."""
+    """A break between x and f(x) within a call, and one between a gate and what it multiplies."""
 
-    def _inner(self, h: Tensor) -> Tensor:
-        y = F.gelu(h) @ FROZEN
+    def _gate(self, h: Tensor) -> Tensor:
         torch._dynamo.graph_break()
-        return y + F.gelu(h.roll(1, 0)) @ FROZEN
+        return F.silu(F.gelu(h) @ FROZEN)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
+        gate = self._gate(h)
         torch._dynamo.graph_break()
-        h = self._inner(F.gelu(h) @ FROZEN)
-        gate = F.silu(h @ FROZEN)
-        torch._dynamo.graph_break()
-        return self.b(gate * h)
+        return self.b(gate * torch.tanh(h))
 
 
 def test_graph_breaks_before_an_activation_within_a_call_and_before_a_product() -> None:
@@ -56,7 +53,7 @@ def test_graph_breaks_before_an_activation_within_a_call_and_before_a_product() 
         y = compile(model)(x)
         return [y], gradients(model, y, x)
 
-    assert len(compare(scenario)["lean"].records) > 3
+    assert len(compare(scenario)["lean"].records) == 3
 
 
 # Line 6: several backwards.
@@ -83,24 +80,24 @@ def test_a_second_derivative_is_the_error_that_it_is_with_inductor() -> None:
         first.square().sum().backward()
         return [], []
 
-    for config in (None, *CONFIGS.values()):
+    for config in (None, LEAN):
         assert "double backward" in str(run(scenario, config).error)
 
 
 # Line 7: accumulation.
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-def test_two_forwards_before_two_backwards(swapped: bool) -> None:
+def test_two_forwards_before_two_backwards_in_either_order() -> None:
     def scenario(compile: Compile) -> Any:
         model = Net()
         compiled = compile(model)
         losses = [compiled(x_of(seed)).square().sum() for seed in (1, 2)]
-        for loss in reversed(losses) if swapped else losses:
+        for loss in reversed(losses):
             loss.backward()
+        compiled(x_of(3)).square().sum().backward()
         return losses, [p.grad for p in model.parameters()]
 
-    compare(scenario)
+    compare(scenario, tuple(CONFIGS))
 
 
 # Line 8: modes.
@@ -140,7 +137,7 @@ def test_a_frozen_layer_is_compiled_anew_and_what_only_it_read_is_coded_otherwis
             found += torch.autograd.grad(y.square().sum(), [p for p in model.parameters() if p.requires_grad])
         return outputs, found
 
-    found = compare(scenario)
+    found = compare(scenario, tuple(CONFIGS))
     for name, config in CONFIGS.items():
         coded = [[(s.function, s.form, s.bits) for s in r.sites if not s.is_exact] for r in found[name].records]
         assert coded == [[("factor", "values", config.value_bits)], [("gelu", "codes", config.bits)]]
