@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from helpers import mlp
@@ -164,7 +163,7 @@ class Overflowing(nn.Module):
 
     def forward(self, x: Tensor, factor: Tensor) -> Tensor:
         h = F.gelu(self.a(x)) @ FROZEN.to(x.dtype)
-        h = self.norm(self.b(F.silu(h) * h) * factor)
+        h = self.norm(self.b(F.silu(h) * h) * factor * 64)
         return self.c(F.softmax(h, -1) * F.relu(h))
 
 
@@ -191,9 +190,9 @@ def _gradients_after_overflow(compiled: Callable[..., Any], model: Overflowing, 
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gradients_are_finite_where_those_of_inductor_are(dtype: torch.dtype) -> None:
+def test_gradients_are_finite_where_those_of_inductor_are() -> None:
     """So GradScaler skips the same steps."""
+    dtype = torch.float16
 
     def run_with(config: FewBitConfig | None) -> list[list[bool]]:
         torch.compiler.reset()
