@@ -52,6 +52,10 @@ class Partition:
         values = output_values(self.forward.graph)[: self.num_fwd_outputs]
         return {storage_key(n) for n in values if isinstance(n, fx.Node) and isinstance(value_of(n), Tensor)}
 
+    def saved_results(self) -> set[object]:
+        """The storages of saved tensors that the caller has too, and may write to before the backward."""
+        return self.returned_storages() & {storage_key(n) for n in self.saved()}
+
     def is_donated_in_part(self) -> bool:
         """Whether the backward may overwrite a saved tensor, so that it runs once: torch's own rule.
 

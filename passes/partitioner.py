@@ -28,6 +28,7 @@ from .pipeline import Work, require_pass_names, run_passes
 from .reasons import Cause, Reason
 from .record import GraphRecord, graph_record, unexamined_record
 from .representations import Proposal
+from .results import can_be_kept_apart, keep_apart
 from .splice import copy_module
 
 
@@ -83,7 +84,8 @@ class FewBitPartitioner(CustomPartitionerFn):
                 cuts = {plain: gm.graph}
                 if uncut:
                     with stage("the leaner cuts"):
-                        cuts |= leaner_cuts(uncut, joint_inputs, alive, **kwargs)
+                        leaner = leaner_cuts(uncut, joint_inputs, alive, **kwargs)
+                        cuts |= {cut: joint for cut, joint in leaner if can_be_kept_apart(cut, plain)}
                 compressed = self._compress(cuts, plain, faults)
         chosen, record = compressed or (plain, None)
         with faults.of("the report", NO_REPORT):
@@ -141,6 +143,8 @@ class FewBitPartitioner(CustomPartitionerFn):
                 self._observe(work)
         with stage("the record"):  # without it the report would not say what is not exact
             record = graph_record(plain, work, seconds)
+        with stage("the copies of results"):
+            keep_apart(work.chosen, plain)
         with stage("the donation of saved tensors"):
             # Or a backward with retain_graph=True would raise that works with inductor.
             if work.chosen.is_donated_in_part() and not plain.is_donated_in_part():

@@ -149,10 +149,11 @@ def lanes_for(device: torch.device, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def memory_order(x: Tensor) -> tuple[int, ...]:
-    """Dimensions from the largest stride to the smallest, or () where that is their own order."""
-    strides = x.stride()
-    if not all(isinstance(n, int) for n in strides):
-        return ()
+    """Dimensions from the largest stride to the smallest, or () where that is their own order.
+
+    Symbolic strides are compared by hint: what is decoded has the strides of what was encoded, which its readers view.
+    """
+    strides = [hint(n) for n in x.stride()]
     order = tuple(sorted(range(x.dim()), key=lambda d: -strides[d]))
     return () if order == tuple(range(x.dim())) else order
 
