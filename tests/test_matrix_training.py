@@ -20,7 +20,7 @@ import fewbit_fx
 from fewbit_fx import FewBitConfig
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.torch_private.inductor import partition_only
-from fewbit_fx.torch_private.tensors import kept_by_their_makers
+from fewbit_fx.torch_private.inputs import kept_by_their_makers
 
 Scenario = Callable[[Compile], Any]
 
