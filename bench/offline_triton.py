@@ -292,7 +292,7 @@ class Resources:
     spilled: int
 
 
-def compile_offline(kernel: Kernel, capability: int = 90, configs: slice = slice(None)) -> list[Resources]:
+def compile_offline(kernel: Kernel, capability: int = 90, which: slice = slice(None)) -> list[Resources]:
     """Compile a kernel for a GPU, by default an H100, in configurations that Inductor would try, by default all."""
     import triton
     from torch._inductor.runtime import triton_heuristics
@@ -301,8 +301,8 @@ def compile_offline(kernel: Kernel, capability: int = 90, configs: slice = slice
 
     found: list[Any] = []
 
-    def keep(_size_hints: Any, tried: Any, triton_meta: Any, *_: Any, **__: Any) -> Any:
-        return lambda function: found.append((function, tried, triton_meta)) or function
+    def keep(_size_hints: Any, configs: Any, triton_meta: Any, *_: Any, **__: Any) -> Any:
+        return lambda function: found.append((function, configs, triton_meta)) or function
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(triton_heuristics, "cached_autotune", keep):
         file = Path(folder) / "kernel.py"
@@ -312,9 +312,9 @@ def compile_offline(kernel: Kernel, capability: int = 90, configs: slice = slice
         assert spec.loader is not None
         with pretend_cuda():
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        ((function, tried, meta),) = found
+        ((function, configs, meta),) = found
         results = []
-        for config in tried[configs]:
+        for config in configs[which]:
             signature, given = dict(meta["signature"]), {**meta.get("constants", {}), **config.kwargs}
             constants = {k: given[k] for k, v in signature.items() if v == "constexpr"}
             source = ASTSource(fn=function, signature=signature, constexprs=constants)

@@ -63,7 +63,7 @@ class ReturnsAView(nn.Module):
 def test_one_whose_copies_would_have_other_strides_is_not_taken() -> None:
     seen = watch(ReturnsAView(), torch.randn(16, 32), config=EXACT)
     assert seen.chosen.saved_results() <= seen.plain.saved_results()
-    assert copies(seen) == 0 or not seen.chosen.saved_results()
+    assert copies(seen) == 0
 
 
 def test_what_torch_compile_saves_itself_is_not_copied() -> None:
