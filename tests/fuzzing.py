@@ -22,14 +22,16 @@ from torch.utils.checkpoint import checkpoint
 
 from fewbit_fx.codec.dither import rounding_seed
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.passes.graph import output_values, placeholders
+from fewbit_fx.passes.graph import output_values, placeholders, value_of
 from fewbit_fx.passes.partition import Partition
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.pipeline import Work
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.passes.representations import Exact, Representation
+from fewbit_fx.passes.splice import trace
 from fewbit_fx.torch_private.inductor import GraphRun, activation_memory_budget, partition_only
-from fewbit_fx.torch_private.sizes import hint
+from fewbit_fx.torch_private.modes import mode_of
+from fewbit_fx.torch_private.sizes import hint, is_symbol
 
 BATCH, TOKENS, WIDTH, HEADS, CLASSES, CHANNELS = 2, 32, 64, 4, 16, 8
 CLOSE = 1e-4  # of a gradient: what float32 rounds differently where strides, and so the order of sums, differ
@@ -393,6 +395,7 @@ class _Replay(_Recorder):
     def __init__(self, work: Work, forward: dict[str, Any]) -> None:
         super().__init__(work.plain.backward)
         self._forward = forward
+        self._symbols = [n for n in placeholders(work.joint) if is_symbol(n)]
         self._coded = {
             site.replaced.name: decision for site, decision in work.plan.items() if not isinstance(decision, Exact)
         }
@@ -401,10 +404,21 @@ class _Replay(_Recorder):
         if node.name not in self._coded:
             return value
         coded: Representation = self._coded[node.name]
-        stored = self._forward[coded.site.stored.name]
-        seed = [rounding_seed(stored.device)] if coded.encode.seeded else []
-        inputs = [self.values[n.name] for n in coded.site.coded_inputs]
-        return coded.decode(inputs, coded.encode(stored, *seed))
+        site = coded.site
+        values = [*(self.values[n.name] for n in site.coded_inputs), self._forward[site.stored.name]]
+
+        def decoded(*values: Any) -> Tensor:
+            *inputs, stored = values[: len(site.coded_inputs) + 1]
+            seed = [rounding_seed(stored.device)] if coded.encode.seeded else []
+            return coded.decode(inputs, coded.encode(stored, *seed))
+
+        if not self._symbols:
+            return decoded(*values)
+        # Where sizes are symbols, codes are a trace of them.
+        with mode_of(value_of(site.stored)):
+            traced = trace(lambda *values: [decoded(*values)], [*site.coded_inputs, site.stored, *self._symbols])
+        (result,) = fx.Interpreter(fx.GraphModule({}, traced)).run(*values, *(hint(value_of(n)) for n in self._symbols))
+        return result
 
 
 def replay(work: Work, inputs: list[Any]) -> tuple[list[Tensor], list[Tensor | None]]:
