@@ -23,7 +23,7 @@ from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.pipeline import Work
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.torch_private.inductor import GraphRun
-from fewbit_fx.torch_private.tensors import kept_by_their_makers
+from fewbit_fx.torch_private.inputs import kept_by_their_makers
 
 EXACT, DEFAULT, LEAN = (FewBitConfig(recipe=r, strict=True, min_numel=0) for r in ("exact", "default", "lean"))
 RECIPES = {"default": DEFAULT, "lean": LEAN}

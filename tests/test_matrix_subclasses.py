@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SwiGLU, check_sums, mlp
+from helpers import SwiGLU, mlp
 from recording import RECIPES, Recording, check_all, run
 from subclasses import Quantized, Wrapped
 from torch import Tensor, nn
@@ -35,9 +35,8 @@ def test_weights_in_few_bits_as_in_qlora(recipe: str) -> None:
     trained = [p for m in (gate, up, down) for p in (m.down, m.up)]
     x = torch.randn(64, 32)
     recording, _ = run(lambda: down(F.silu(gate(x)) * up(x)).square().mean(), trained, RECIPES[recipe])
-    record = recording.graphs[0].records[0]
-    assert record.fewbit_bytes < record.plain_bytes / 2
-    check_sums(record)
+    assert recording.check() == 1
+    assert recording.fewbit_bytes < recording.plain_bytes / 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -48,8 +47,7 @@ def test_activations_of_a_class_of_ones_own(recipe: str) -> None:
     y = torch.compile(lambda x: model(x * 2), backend=recording.backend)(Wrapped(x))
     y.backward(Wrapped(torch.ones(64, 16)))
     assert isinstance(y, Wrapped)
-    assert torch.equal(y.inner, model(x * 2))
-    recording.check()
+    assert recording.check() == 1
     assert recording.coded
     assert recording.fewbit_bytes < recording.plain_bytes
 
