@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 
 from fewbit_fx.config import FewBitConfig
+from fewbit_fx.passes.graph import placeholders
 from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.pipeline import Work
 from fewbit_fx.passes.record import GraphRecord
@@ -95,11 +96,28 @@ class Recording:
                 assert record.fewbit_bytes <= record.plain_bytes
                 check_sums(record)
                 check_interface(work.chosen)
-            if len(graph.works) == 1:
-                for forward, backward in zip(graph.forward, graph.backward, strict=False):
-                    _compare(graph.works[0], forward, backward)
-                    runs += 1
+            for forward, backward in zip(graph.forward, graph.backward, strict=False):
+                _compare(graph.works[-1], forward, backward)
+                runs += 1
+            for region in graph.works[:-1]:
+                _compare(region, *_calls_alone(region))
         return runs
+
+
+def _calls_alone(region: Work) -> tuple[Call, Call]:
+    """A run of the graphs of a region, which are parts of another's, on random numbers."""
+    forward, backward = region.chosen.forward, region.chosen.backward
+    state = torch.get_rng_state()
+    given = [_random(n) for n in placeholders(forward.graph)]
+    returned = GraphRun(forward).run(*map(_copy, given))
+    saved = returned[region.chosen.num_fwd_outputs :]
+    taken = [*saved, *(_random(n) for n in placeholders(backward.graph)[len(saved) :])]
+    return Call(state, given, returned), Call(state, taken, GraphRun(backward).run(*map(_copy, taken)))
+
+
+def _random(node: fx.Node) -> Tensor:
+    value = node.meta["val"]
+    return torch.randn(value.shape, dtype=value.dtype)
 
 
 def _copy(value: Any) -> Any:
