@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SwiGLU, gradients, held_bytes, mlp
-from recording import EXACT, LEAN, RECIPES, Recording, check_all, error, run
+from helpers import gradients, held_bytes, mlp
+from recording import EXACT, LEAN, Recording, check_all, error, run
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, linearize, stack_module_state, vmap
 
@@ -123,24 +123,24 @@ def test_operators_that_change_their_inputs() -> None:
     assert "auto_functionalized_v2" not in computed  # what the operator does may differ each time
 
 
-def with_cond(model: nn.Module, h: Tensor, w: Tensor) -> Tensor:
+def with_cond(h: Tensor, w: Tensor) -> Tensor:
     return torch.cond(h.sum() > 0, lambda a, b: F.gelu(a @ b), lambda a, b: F.silu(a @ b) * a, (h, w))  # type: ignore
 
 
-def with_map(model: nn.Module, h: Tensor, w: Tensor) -> Tensor:
+def with_map(h: Tensor, w: Tensor) -> Tensor:
     from functorch.experimental.control_flow import map as map_rows
 
     return map_rows(lambda a, b: F.gelu(a @ b) * a, h.view(8, 8, 32), w).view(64, 32)  # type: ignore[no-any-return]
 
 
-def with_scan(model: nn.Module, h: Tensor, w: Tensor) -> Tensor:
+def with_scan(h: Tensor, w: Tensor) -> Tensor:
     from torch._higher_order_ops.scan import scan
 
     last, rows = scan(lambda c, a: (torch.sin(c) + a, torch.sin(a) * 0.5 + c), h[:8] * 1, (h @ w).view(8, 8, 32), dim=0)
     return rows.reshape(64, 32) + last.sum()  # type: ignore[no-any-return]
 
 
-def with_associative_scan(model: nn.Module, h: Tensor, w: Tensor) -> Tensor:
+def with_associative_scan(h: Tensor, w: Tensor) -> Tensor:
     from torch._higher_order_ops.associative_scan import associative_scan
 
     rows = torch.sigmoid(h @ w).view(4, 16, 32)
@@ -148,12 +148,12 @@ def with_associative_scan(model: nn.Module, h: Tensor, w: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("operator", [with_cond, with_map, with_scan, with_associative_scan])
-def test_higher_order_operators(operator: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+def test_higher_order_operators(operator: Callable[[Tensor, Tensor], Tensor]) -> None:
     """They stay whole; what is around them is coded."""
-    model, w, x = SwiGLU(), nn.Parameter(torch.randn(32, 32) / 6), torch.randn(64, 32)
+    model, w, x = mlp(nn.GELU()), nn.Parameter(torch.randn(32, 32) / 6), torch.randn(64, 32)
 
     def loss() -> Tensor:
-        return model(operator(model, model(x), w)).square().mean()  # type: ignore[no-any-return]
+        return model(operator(F.silu(x @ w), w)).square().mean()  # type: ignore[no-any-return]
 
     check_all(loss, [*model.parameters(), w])
 
@@ -212,27 +212,25 @@ def test_flex_attention_on_a_cpu_is_refused_by_torch_itself() -> None:
     assert messages[0] == messages[1]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_compiled_autograd(recipe: str) -> None:
+def test_compiled_autograd() -> None:
     """The forward's backend is fewbit's, and so is the compiler of the backward, which sees codes as its inputs."""
     model, x = mlp(nn.GELU()), torch.randn(64, 32)
-    apart, expected = run(lambda: model(x).square().mean(), [*model.parameters()], RECIPES[recipe])
+    apart, expected = run(lambda: model(x).square().mean(), [*model.parameters()], LEAN)
     with torch._dynamo.config.patch(compiled_autograd=True):
-        together, found = run(lambda: model(x).square().mean(), [*model.parameters()], RECIPES[recipe])
+        together, found = run(lambda: model(x).square().mean(), [*model.parameters()], LEAN)
+    assert apart.check() == 1
     assert together.fewbit_bytes == apart.fewbit_bytes < apart.plain_bytes
-    assert error(found, expected) <= 1e-6
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_modes_give_the_same_gradient(mode: str) -> None:
-    model, x = mlp(nn.GELU()), torch.randn(128, 32)
-    found = []
-    for chosen in (None, mode):
-        torch.compiler.reset()
-        backend = fewbit_fx.backend(recipe="lean", rounding="stochastic", min_numel=0, strict=True, mode=chosen)
-        found.append(gradients(model, torch.compile(model, backend=backend)(x).square().mean()))
-        assert backend.last_report().fewbit_bytes < backend.last_report().plain_bytes
-    assert error(found[0], found[1]) <= 1e-5
+def test_modes(mode: str) -> None:
+    """A product may sum in another order, so that codes would differ: the mask of a ReLU is exact."""
+    model, x = mlp(nn.ReLU(), frozen=True), torch.randn(128, 32)
+    backend = fewbit_fx.backend(recipe="exact", min_numel=0, strict=True, mode=mode)
+    found = gradients(model, torch.compile(model, backend=backend)(x).square().mean())
+    assert error(found, gradients(model, model(x).square().mean())) <= 1e-5
+    assert backend.last_report().fewbit_bytes < backend.last_report().plain_bytes
 
 
 def test_under_a_cuda_graph_seeds_follow_the_data() -> None:
