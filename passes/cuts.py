@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fewbit_fx.torch_private.graphs import OpOverload, argument
+from fewbit_fx.torch_private.graphs import HigherOrderOperator, OpOverload, argument
 from fewbit_fx.torch_private.inductor import (
     cheap_recomputation,
     has_a_budget,
@@ -139,6 +139,8 @@ def _has_more_than_its_source(node: fx.Node) -> bool:
 
 
 def _is_cheap(node: fx.Node) -> bool:
+    if isinstance(node.target, HigherOrderOperator):
+        return False  # a region, a loop, a kernel of the user's: whatever it has within
     if not isinstance(node.target, OpOverload):
         return True  # arithmetic of sizes, and parts of tuples
     if node.target is _LOOKUP or node.target.is_view or node.target in _GATHERING:

@@ -75,6 +75,11 @@ class Partition:
                 found.setdefault(storage_key(node), []).append(node)
         return found
 
+    def saved_inputs(self) -> tuple[int, ...]:
+        """Positions of the forward's inputs that share their storage with a saved tensor."""
+        saved = {storage_key(n) for n in self.saved()}
+        return tuple(i for i, n in enumerate(placeholders(self.forward.graph)) if storage_key(n) in saved)
+
     def saved_bytes(self) -> int:
         """Bytes saved for the backward: each storage once and whole, without those that live anyway."""
         return sum(max(map(storage_nbytes, nodes)) for nodes in self.saved_storages().values())

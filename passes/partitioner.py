@@ -19,7 +19,7 @@ from torch import fx
 import fewbit_fx
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.inductor import CustomPartitionerFn, bypass_caches, donate_nothing
-from fewbit_fx.torch_private.inputs import living_inputs
+from fewbit_fx.torch_private.inputs import are_described, living_inputs
 
 from .cuts import leaner_cuts, own_cut
 from .faults import GRAPH_EXACT, NO_REPORT, Faults, stage
@@ -77,6 +77,10 @@ class FewBitPartitioner(CustomPartitionerFn):
             with faults.of("the copy of the joint graph", GRAPH_EXACT):
                 uncut = copy_module(gm)  # a cut changes its graph
         plain = own_cut(gm, joint_inputs, alive, **kwargs)
+        if not are_described(gm.graph):
+            # Those that the cut saves may live anyway, so a code is no gain; others may not, so to save them is a loss.
+            alive = plain.saved_inputs()
+            plain = replace(plain, static_inputs=alive)
         started = time.perf_counter()
         compressed = None
         if not faults.found:

@@ -18,6 +18,7 @@ from helpers import check_sums
 from hypothesis import event
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.utils.checkpoint import checkpoint
 
 from fewbit_fx.codec.dither import rounding_seed
@@ -357,8 +358,8 @@ def check_interface(partition: Partition) -> None:
 
 
 def _symbols_first(saved: list[Any]) -> list[Any]:
-    """What a forward saves, in the order in which a backward takes it."""
-    return sorted(saved, key=lambda value: isinstance(value, Tensor))
+    """What a forward saves, in the order in which a backward takes it: objects such as a mesh stay after tensors."""
+    return sorted(saved, key=lambda value: not isinstance(value, (*py_sym_types, int, float)))
 
 
 def assert_same(mine: Tensor | None, theirs: Tensor | None, dtype: torch.dtype) -> None:

@@ -1,4 +1,8 @@
-"""Tensor subclasses as users write them."""
+"""Tensor subclasses as users write them.
+
+Each has a ``__repr__``: torch's own would read elements, of which a fake tensor has none. Where a log of torch's trace
+is on, as under pytest, torch asks for it while it compiles, and a fault there is a graph break.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,9 @@ class Wrapped(Tensor):
 
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Wrapped({self.inner})"
 
     def __tensor_flatten__(self) -> Any:
         return ["inner"], None
@@ -48,6 +55,9 @@ class Quantized(Tensor):
 
     def __init__(self, codes: Tensor, scale: Tensor) -> None:
         self.codes, self.scale = codes, scale
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Quantized({self.codes}, {self.scale})"
 
     def __tensor_flatten__(self) -> Any:
         return ["codes", "scale"], None

@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload  # the type of an ATen operation as a node's target
+from torch._ops import HigherOrderOperator, OpOverload  # the types of an operation as a node's target
 
 # Generates code once, when it is called, not at each change.
 from torch.fx._lazy_graph_module import _make_graph_module as make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["OpOverload", "argument", "inductor_decompositions", "make_graph_module", "trace_for_all_shapes"]
+__all__ = [
+    "HigherOrderOperator",
+    "OpOverload",
+    "argument",
+    "inductor_decompositions",
+    "make_graph_module",
+    "trace_for_all_shapes",
+]
 
 
 def trace_for_all_shapes(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:

@@ -38,6 +38,16 @@ def living_inputs(joint: fx.Graph, static: Collection[int], kept: Collection[int
     return tuple(sorted(found if has_parts else found.union(static)))
 
 
+def are_described(joint: fx.Graph) -> bool:
+    """Whether AOTAutograd says of a joint graph's inputs what they were before.
+
+    It does not of those of a region under ``torch.compiler.nested_compile_region``, which is partitioned by itself,
+    once for all places: neither which are parameters, nor what the graph around it keeps.
+    """
+    inputs = joint.find_nodes(op="placeholder")
+    return not inputs or any(node.meta.get(_DESCRIPTION) is not None for node in inputs)
+
+
 def _origin(description: Any) -> Any:
     """The input of Dynamo's graph that an input of AOTAutograd's is, or is a part or the base of."""
     for outer in _OUTER:

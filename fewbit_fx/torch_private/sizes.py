@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._functorch.partitioners import _size_of
+from torch._higher_order_ops import invoke_subgraph  # the call of a region that is compiled once for many places
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.fx.experimental.symbolic_shapes import (
@@ -47,11 +49,40 @@ def has_known_size(node: fx.Node) -> bool:
 
 
 def storage_key(node: fx.Node) -> object:
-    """A key of the storage of a node's value: equal for two nodes exactly if they are views of one storage."""
+    """A key of the storage of a node's value: equal for two nodes exactly if they are views of one storage.
+
+    All calls of a region under ``torch.compiler.nested_compile_region`` have the same fake results, so what a call
+    makes counts by the call.
+    """
+    storage = _storage(node)
+    if storage is None:
+        return node
+    for source in node.all_input_nodes:
+        if source.target is invoke_subgraph and node.target is operator.getitem:
+            given = _passed_on(source, cast(int, node.args[1]))
+            return (storage, source.name) if given is None else storage_key(given)
+        if _storage(source) == storage:
+            return storage_key(source)
+    return storage
+
+
+def _storage(node: fx.Node) -> int | None:
     value = node.meta.get("val")
-    if isinstance(value, FakeTensor):
-        return value.untyped_storage()._cdata  # fake storages have no data_ptr to compare
-    return node
+    return value.untyped_storage()._cdata if isinstance(value, FakeTensor) else None  # a fake one has no data_ptr
+
+
+def _passed_on(call: fx.Node, index: int) -> fx.Node | None:
+    """The argument of which a result of a region's call is a view, if it is of one."""
+    module, (region, _, *given) = call.graph.owning_module, call.args
+    assert module is not None
+    assert isinstance(region, fx.Node)
+    graph = getattr(module, str(region.target)).graph
+    (results,) = graph.output_node().args
+    made = storage_key(results[index])
+    for argument, within in zip(given, graph.find_nodes(op="placeholder"), strict=True):
+        if storage_key(within) == made:
+            return cast(fx.Node, argument)
+    return None
 
 
 def storage_nbytes(node: fx.Node) -> int:
