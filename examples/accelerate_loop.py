@@ -1,8 +1,9 @@
-"""A training loop with Accelerate.
+"""A training loop with Accelerate: python examples/accelerate_loop.py.
 
-    python examples/accelerate_loop.py
+A network of two layers learns which byte follows eight others, in a module of Python's. It prints
 
-A network of two layers learns which byte follows eight others, in a module of Python's.
+loss 5.5599 to 2.2356
+saved for backward: 155,648 bytes instead of 1,327,104
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""transformers' Trainer, with its mixed precision, gradient checkpointing and PEFT's adapters.
+"""transformers' Trainer: python examples/hf_trainer.py [--bf16] [--gradient-checkpointing] [--lora] [--every 5].
 
-    python examples/hf_trainer.py [--bf16] [--gradient-checkpointing] [--lora] [--every 5]
+A Llama of one layer learns the bytes of a module of Python's. The first line that it prints is
 
-A Llama of one layer learns the bytes of a module of Python's.
+{'loss': '5.552', ..., 'fewbit/saved_bytes': 2689092, 'fewbit/saved_bytes_inductor': 6410308, 'fewbit/saving': '0.5805'}
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from fewbit_fx.integrations.transformers import FewBitCallback
 def main(argv: Sequence[str] | None = None) -> list[dict[str, float]]:
     """Train, print the Trainer's log, and return it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bf16", action="store_true", help="autocast")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="of whole layers")
-    parser.add_argument("--lora", action="store_true", help="train adapters of rank 8 on all linear layers")
+    for option in ("--bf16", "--gradient-checkpointing", "--lora"):
+        parser.add_argument(option, action="store_true")
     parser.add_argument("--every", type=int, help="steps from one measurement of the gradient's error to the next")
     parser.add_argument("--steps", type=int, default=10)
     flags = parser.parse_args(argv)

@@ -1,8 +1,9 @@
-"""A training loop with Lightning Fabric, in bfloat16.
+"""A training loop with Lightning Fabric, in bfloat16: python examples/lightning_fabric.py.
 
-    python examples/lightning_fabric.py
+A network of two layers learns which byte follows eight others, in a module of Python's. It prints
 
-A network of two layers learns which byte follows eight others, in a module of Python's.
+loss 5.5598 to 2.2348
+saved for backward: 155,648 bytes instead of 1,196,032
 """
 
 from __future__ import annotations

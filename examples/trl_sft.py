@@ -1,8 +1,8 @@
-"""TRL's SFTTrainer, with adapters of PEFT.
+"""TRL's SFTTrainer with adapters of PEFT: python examples/trl_sft.py.
 
-    python examples/trl_sft.py
+A Llama of one layer learns the bytes of a module of Python's. The first line that it prints is
 
-A Llama of one layer learns the lines of a module of Python's, in bytes.
+{'loss': '6.007', ..., 'fewbit/saved_bytes': 1670656, 'fewbit/saved_bytes_inductor': 5039104, 'fewbit/saving': '0.6685'}
 """
 
 from __future__ import annotations

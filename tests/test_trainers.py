@@ -13,7 +13,6 @@ import importlib.util
 import io
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,7 +128,6 @@ HF = {
     "bf16": ["--bf16"],
     "checkpointing": ["--gradient-checkpointing"],
     "lora": ["--lora"],
-    "bf16 lora": ["--bf16", "--lora"],
 }
 
 
@@ -351,16 +349,9 @@ def test_lightnings_monitor_refuses_what_cannot_work() -> None:
         FewBitMonitor(every=1)
 
 
-def test_fewbit_alone_imports_no_trainer() -> None:
-    names = ("accelerate", "lightning", "peft", "transformers", "trl", "fewbit_fx.integrations")
-    command = f"import sys, fewbit_fx; print([name for name in {names} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 60
+    assert len(path.read_text().splitlines()) < 60
 
 
 def test_an_example_with_kernels(capsys: pytest.CaptureFixture[str]) -> None:
