@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,7 +258,8 @@ def test_measuring_the_error_leaves_the_training_as_it_is(tmp_path: Path) -> Non
     logs = []
     for every in (None, 2):
         made = callback(every=every, loss=loss_of)
-        training = trainer(tmp_path, made)
+        torch.manual_seed(0)
+        training = trainer(tmp_path, made, model=Bytes().eval())  # as from_pretrained returns a model
         training.train()
         logs.append(training.state.log_history)
         torch.compiler.reset()
@@ -325,6 +327,10 @@ def test_the_callback_refuses_what_cannot_work(tmp_path: Path) -> None:
         callback(every=0)
     with pytest.raises(ValueError, match="unknown option 'bit'"):
         callback(bit=3)
+    sharded = SimpleNamespace(torch_compile=False, fsdp="full_shard", deepspeed=None)
+    callback().on_init_end(sharded, None, None)
+    with pytest.raises(ValueError, match="needs all parameters on one device"):
+        callback(every=1).on_init_end(sharded, None, None)
 
 
 @pytest.mark.usefixtures("no_kernels")
@@ -347,6 +353,8 @@ def test_lightnings_monitor_refuses_what_cannot_work() -> None:
         FewBitMonitor(every=0)
     with pytest.raises(ValueError, match=r"every=\.\.\. needs loss"):
         FewBitMonitor(every=1)
+    with pytest.raises(ValueError, match="needs all parameters on one device"):
+        FewBitMonitor(every=1, loss=loss_of).on_train_start(SimpleNamespace(strategy="fsdp"), None)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

@@ -15,7 +15,7 @@ from fewbit_fx.dynamo.verifier import Loss, Verification, Watch
 from fewbit_fx.integrations.numbers import Numbers
 
 
-class FewBitMonitor(pl.Callback):
+class FewBitMonitor(pl.Callback):  # type: ignore[misc]  # its types are not followed
     """Log what fewbit saves in a LightningModule, which compiles its network itself.
 
         self.network = torch.compile(network, backend="fewbit")  # in the LightningModule

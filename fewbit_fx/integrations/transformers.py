@@ -18,7 +18,7 @@ from fewbit_fx.reporting.report import Report
 from fewbit_fx.torch_private.modules import is_compiled
 
 
-class FewBitCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+class FewBitCallback(TrainerCallback):  # type: ignore[misc]  # its types are not followed
     """Compile the model with fewbit when training begins, and log what that saves.
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[FewBitCallback(recipe="lean")])
@@ -87,6 +87,7 @@ class FewBitCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
         if self._every is None or state.global_step % self._every or not state.is_world_process_zero:
             return
         batch = _random_batch(train_dataloader, args.per_device_train_batch_size, seed=state.global_step)
+        model.train()  # as the step itself is about to do
         watch = Watch(model, loss=self._loss, fewbit_config=self.backend.config)
         found = watch.measure(state.global_step, (), send_to_device(batch, args.device))
         self.history.append((state.global_step, found))
