@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("eager", "passes"),
     ("reporting", "functional", "environment"),
     ("dynamo", "nn"),
-    ("conversion",),
+    ("conversion", "integrations"),
     ("__main__", "__init__"),
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

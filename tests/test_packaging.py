@@ -19,7 +19,8 @@ model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.L
 assert "fewbit" in torch._dynamo.list_backends()
 compiled = torch.compile(model, backend="fewbit", options={{"strict": True}})
 compiled(torch.randn(128, 32)).sum().backward()
-import fewbit_fx
+import fewbit_fx, sys
+assert not {{"accelerate", "lightning", "peft", "transformers", "trl", "fewbit_fx.integrations"}} & set(sys.modules)
 print(fewbit_fx.__file__, [fewbit_fx.reporting.words.action(s) for s in fewbit_fx.last_report().sites])
 """
 

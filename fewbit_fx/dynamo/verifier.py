@@ -216,8 +216,15 @@ class Watch:
     def __call__(self, *args: Any, **kwargs: Any) -> Verification | None:
         """Count a step, and measure if its turn has come; then what was found is returned."""
         step, self._step = self._step, self._step + 1
-        if step % self._every:
-            return None
+        return None if step % self._every else self.measure(step, args, kwargs)
+
+    def measure(self, step: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Verification:
+        """Measure now, whatever the count: for a training that counts its steps itself.
+
+        Args:
+            step: Its number, for the history and the warning.
+            args, kwargs: The batch.
+        """
         found = verify(self._model, *args, loss=self._loss, fewbit_config=self._config, **kwargs)
         self.history.append((step, found))
         error = found.relative_error if found.share_of_noise is None else found.share_of_noise
@@ -225,7 +232,7 @@ class Watch:
             worst = ", ".join(p.name for p in found.parameters[:3])
             warnings.warn(
                 f"fewbit-fx at step {step}: {found.verdict} The bound is {self._bound:.0%}; worst are {worst}.",
-                stacklevel=2,
+                stacklevel=3,
             )
         return found
 

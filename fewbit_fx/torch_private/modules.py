@@ -1,4 +1,4 @@
-"""Hooks of modules."""
+"""Hooks of modules, and whether torch.compile has them."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def without_hooks(module: nn.Module) -> nn.Module:
         if "hook" in name:
             setattr(bare, name, value)
     return bare
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled, in place by ``module.compile()`` or as what torch.compile returns."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
