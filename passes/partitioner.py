@@ -77,10 +77,11 @@ class FewBitPartitioner(CustomPartitionerFn):
             with faults.of("the copy of the joint graph", GRAPH_EXACT):
                 uncut = copy_module(gm)  # a cut changes its graph
         plain = own_cut(gm, joint_inputs, alive, **kwargs)
-        if not are_described(gm.graph):
-            # Those that the cut saves may live anyway, so a code is no gain; others may not, so to save them is a loss.
-            alive = plain.saved_inputs()
-            plain = replace(plain, static_inputs=alive)
+        with faults.of("the look at the joint graph's inputs", GRAPH_EXACT):
+            if not are_described(gm.graph):
+                # Those that the cut saves may live anyway, so a code is no gain; others may not, so to save is a loss.
+                alive = plain.saved_inputs()
+                plain = replace(plain, static_inputs=alive)
         started = time.perf_counter()
         compressed = None
         if not faults.found:
