@@ -20,6 +20,7 @@ from fewbit_fx.torch_private.inductor import (
 from fewbit_fx.torch_private.sizes import has_known_size, storage_nbytes
 
 from .graph import aten, descendants, is_local, prims, tangents, value_of
+from .original_names import note_names, with_original_names
 from .partition import Partition
 from .splice import copy_module
 
@@ -40,11 +41,13 @@ def own_cut(gm: fx.GraphModule, joint_inputs: Sequence[object], alive: tuple[int
         alive: Positions of the inputs that live anyway.
         **kwargs: What Inductor passes to a partitioner.
     """
+    note_names(gm.graph)
     drawn = _mark_drawn_numbers(gm.graph) if has_a_budget(gm.graph) else False
     with no_budget_of_zero() if drawn else contextlib.nullcontext():
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
     for graph in (gm.graph, forward.graph, backward.graph):
         _unmark(graph)
+    forward, backward = with_original_names(forward, backward, gm.graph, kwargs["num_fwd_outputs"])
     return Partition(forward, backward, kwargs["num_fwd_outputs"], alive)
 
 
