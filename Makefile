@@ -1,5 +1,6 @@
 # make demo       train a small GPT with and without fewbit (about 8 minutes)
 # make test       the tests
+# make test-all   the slow ones too: more cases of what the others test, and whole examples
 # make fuzz       2,000 random models (FUZZ=200 make fuzz: fewer)
 # make lint       ruff and mypy
 # make results    the README's tables, made anew from bench/results (measures nothing)
@@ -13,15 +14,16 @@ BIN := $(VENV)/bin
 FLAGS ?=
 FUZZ ?= 2000
 
-.PHONY: demo test fuzz lint results
+.PHONY: demo test test-all fuzz lint results
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(BIN)/python -m bench.demo $(FLAGS)
 
 # Two processes, for a test mostly waits for one C++ compiler. OpenMP's threads of both would wait for each other busily.
-test: $(VENV)/installed
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal $(FLAGS)
+test: CHOSEN := -m "not slow"
+test test-all: $(VENV)/installed
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal $(CHOSEN) $(FLAGS)
 
 # Each time with other models; a failure shrinks, and prints how to run it again.
 fuzz: $(VENV)/installed

@@ -153,7 +153,7 @@ def test_verify_says_that_it_is_for_models_that_are_not_sharded(cases: Any) -> N
     assert facts["gradients"] == pytest.approx(of_one["gradients"], rel=1e-5), "of a step afterwards"
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_the_example_runs(mode: str) -> None:
     small = ["--width", "64", "--blocks", "1", "--steps", "2"]
     printed = torchrun(str(ROOT / "examples/distributed.py"), "--mode", mode, *small)

@@ -141,7 +141,7 @@ def hf_trainer(case: str) -> tuple[tuple[Any, int], tuple[Any, int]]:
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize("case", HF)
+@pytest.mark.parametrize("case", [pytest.param("bf16", marks=pytest.mark.slow), "float32", "checkpointing", "lora"])
 def test_a_trainer_of_transformers_saves_fewer_bytes_at_the_same_loss(case: str) -> None:
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
     if "lora" in case:
@@ -175,7 +175,7 @@ def test_trls_trainer_saves_fewer_bytes_at_the_same_loss() -> None:
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize("name", ["accelerate_loop", "lightning_fabric"])
+@pytest.mark.parametrize("name", ["accelerate_loop", pytest.param("lightning_fabric", marks=pytest.mark.slow)])
 def test_a_loop_saves_fewer_bytes_at_the_same_loss(name: str) -> None:
     pytest.importorskip("accelerate" if name == "accelerate_loop" else "lightning")
     losses, held = run(name)

@@ -166,13 +166,30 @@ RECIPES = {
     "lean": "values:8 values:6 values:6",
 }
 CASES = cases()
+MORE = {  # of what others test
+    "masks and derivatives in 1 bits",
+    "a derivative in 2 bits",
+    "a derivative in 5 bits",
+    "levels of a sample in 1 bits",
+    "levels of a sample in 4 bits",
+    "a derivative at random in 1 bits",
+    "a derivative at random in 4 bits",
+    "values in 3 bits",
+    "values in 4 bits",
+    "values in 7 bits",
+    "values at random in 5 bits",
+    "gated MLP, exact",
+    "gated MLP, derivatives",
+}
+CHOSEN = [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in CASES]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CHOSEN)
 def test_codes_are_those_of_plain_aten_and_gradients_too(name: str, interpret: Interpret) -> None:
     check(run(name), interpret, exact=not CASES[name].sums, config=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["masks and derivatives in 3 bits", "values in 6 bits", "gated MLP, lean"])
 def test_so_they_are_in_the_first_of_the_configurations(name: str, interpret: Interpret) -> None:
     """Which has smaller blocks, so more of them at the ends."""
