@@ -256,6 +256,7 @@ def test_surroundings_do_not_hide_a_function(name: str, function: Step, autocast
     assert torch.equal(output, watch(run, torch.ones(64, 32), config=PLAIN).output)
 
 
+@pytest.mark.slow
 def test_all_together_compiled() -> None:
     """One compiled model of many functions: the forward is bit for bit inductor's, the gradients the codes'."""
     names = [n for n in CASES if "in place" not in n and CASES[n].name not in ("mask", "elu or celu")]

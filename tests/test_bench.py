@@ -409,7 +409,7 @@ def test_kernels_of_a_gpu_are_counted_and_compiled(tmp_path: Path) -> None:
     for plain, fewbit in zip(rows[::2], rows[1::2], strict=True):
         for direction in ("forward", "backward"):
             assert fewbit[direction]["kernels"] == plain[direction]["kernels"]
-            assert fewbit[direction]["spilled_bytes"] == 0
+            assert fewbit[direction]["spilled_at_best_bytes"] == 0
             assert 0 < fewbit[direction]["registers"] <= 255
         assert fewbit["forward"]["stores"] == plain["forward"]["stores"] + 3, "a store for each plane"
 

@@ -475,7 +475,12 @@ def test_compiled_kernels_serve_all_sizes(dtype: torch.dtype, levels: str, kerne
             expected, certain = oracle_factor(F.mish, x, codebook)
             assert ((found - expected).abs()[certain] <= torch.finfo(dtype).eps * 1.2).all()
         else:
-            assert close_to_oracle([found.float()], [sampled_factor(F.mish, x, 4).to(dtype).float()])
+            expected = sampled_factor(F.mish, x, 4)
+            # Levels are means of up to 480 numbers, in float32 and another order.
+            rounding = torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps
+            off = (found - expected).abs() > rounding * expected.abs().clamp(min=1e-3)
+            # That may move two of the thresholds by one element of the sample, with its share of all.
+            assert off.float().mean() <= 2 / 480
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == kernels
 
 

@@ -187,7 +187,7 @@ def test_functions_in_place(function: Callable[[Tensor], Tensor], compiled: bool
             assert (found - exact).norm() <= 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("backend", ["inductor", "fewbit"])
+@pytest.mark.parametrize("backend", ["inductor", pytest.param("fewbit", marks=pytest.mark.slow)])
 def test_compiled_within_hooks_on_saved_tensors(x: Tensor, backend: str) -> None:
     model = nn.Sequential(nn.Linear(70, 64), fewbit_fx.nn.GELU(), fewbit_fx.nn.Pointwise(torch.atan), nn.Linear(64, 8))
     compiled = torch.compile(model, backend=backend, fullgraph=True)
