@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close_to_oracle, codebook_of, oracle_factor, sampled_factor
+from helpers import close_to_oracle, codebook_of, derivative, oracle_factor, sampled_factor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -476,11 +476,11 @@ def test_compiled_kernels_serve_all_sizes(dtype: torch.dtype, levels: str, kerne
             assert ((found - expected).abs()[certain] <= torch.finfo(dtype).eps * 1.2).all()
         else:
             expected = sampled_factor(F.mish, x, 4)
-            # Levels are means of up to 480 numbers, in float32 and another order.
-            rounding = torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps
-            off = (found - expected).abs() > rounding * expected.abs().clamp(min=1e-3)
-            # That may move two of the thresholds by one element of the sample, with its share of all.
-            assert off.float().mean() <= 2 / 480
+            # Sums in another order may move a threshold by one element of the sample, and its levels with it: so what
+            # is compared is the error of the derivative.
+            exact = derivative(F.mish, x)
+            rounding = torch.finfo(dtype).eps * exact.norm()
+            assert (found - exact).norm() <= 1.02 * (expected - exact).norm() + rounding
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == kernels
 
 
