@@ -99,9 +99,10 @@ def _is_kept_by_its_maker(x: Tensor) -> bool:
 
 def _storages(x: Tensor) -> Iterator[int]:
     """Keys of the storages of a tensor, or of the parts of one such as DTensor."""
-    if is_traceable_wrapper_subclass(x):
-        names, _ = x.__tensor_flatten__()
-        for part in (getattr(x, name) for name in names):
+    wrapper: Any = x  # no type of torch's is both
+    if is_traceable_wrapper_subclass(wrapper):
+        names, _ = wrapper.__tensor_flatten__()
+        for part in (getattr(wrapper, name) for name in names):
             if isinstance(part, Tensor):
                 yield from _storages(part)
     elif x.layout == torch.strided:
