@@ -32,6 +32,26 @@ CONSTANT_THAT_THE_FORWARD_LACKS = Case(
     budget=1.0,
     dtype=torch.bfloat16,
 )
+SIZE_THAT_BECAME_A_NUMBER = Case(
+    (
+        Step("root", 0, 3, False, False),
+        Step("half", 2, 0, True, False),
+        Step("conv", 1, 0, True, False),
+        Step("silu", 2, 1, False, False),
+        Step("masked", 5, 2, False, False),
+        Step("silu", 3, 3, True, False),
+        Step("log", 3, 2, True, False),
+        Step("halves", 0, 5, True, False),
+    ),
+    outputs=2,
+    loss="sum",
+    config=FewBitConfig(recipe="lean", max_relative_error=10.0, min_numel=0, strict=True),
+    budget=1.0,
+    dtype=torch.float32,
+    layout="batch innermost",
+    trained_input=True,
+    dynamic=True,
+)
 GRAPHS = int(os.environ.get("FUZZ", "40"))
 
 
@@ -45,5 +65,6 @@ GRAPHS = int(os.environ.get("FUZZ", "40"))
 @given(cases())
 @example(ATTENTION_IN_A_CHECKPOINT)
 @example(CONSTANT_THAT_THE_FORWARD_LACKS)
+@example(SIZE_THAT_BECAME_A_NUMBER)
 def test_random_models(case: Case) -> None:
     check(case)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fewbit_fx.torch_private.sizes import hint, statically_known_true
+from fewbit_fx.torch_private.sizes import hint, sizes_of, statically_known_true
 
 WORD_BITS = 32
 
@@ -69,11 +69,11 @@ class PlaneLayout:
     def join(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """The tensor, of the shape of another, whose parts these are."""
         if self._fills(like):
-            return from_memory_order(parts[0], like.shape, self.order)
+            return from_memory_order(parts[0], sizes_of(like), self.order)
         flats = [part.reshape(-1) for part in parts]
         numel = _numel(like)
         flats[-1] = flats[-1][: numel - sum(flat.numel() for flat in flats[:-1])]
-        return from_memory_order(torch.cat(flats) if len(flats) > 1 else flats[0], like.shape, self.order)
+        return from_memory_order(torch.cat(flats) if len(flats) > 1 else flats[0], sizes_of(like), self.order)
 
     def blocks(self, x: Tensor) -> Tensor:
         """Whole blocks, shape (kept dimensions, blocks, 32, lanes), of a tensor in memory order."""
@@ -130,7 +130,8 @@ def plane_layout(x: Tensor, lanes: tuple[int, ...] = ()) -> PlaneLayout:
         lanes: The numbers of lanes to choose from, the best first; by default those that suit the device and dtype.
     """
     order = memory_order(x)
-    sizes: list[int | torch.SymInt] = [x.shape[d] for d in order] if order else list(x.shape)
+    own = sizes_of(x)
+    sizes = [own[d] for d in order] if order else own
     kept = 0
     for i, size in enumerate(sizes):  # a plain loop, which Dynamo traces
         if not isinstance(size, int):
@@ -172,4 +173,4 @@ def from_memory_order(flat: Tensor, shape: Sequence[int], order: tuple[int, ...]
 
 def _numel(x: Tensor) -> int:
     """The number of elements, as a product of sizes: a trace follows that of a tensor that is none of its inputs."""
-    return math.prod(x.shape)
+    return math.prod(sizes_of(x))

@@ -26,6 +26,7 @@ __all__ = [
     "is_symbol",
     "nbytes",
     "size_symbols",
+    "sizes_of",
     "statically_known_true",
     "storage_key",
     "storage_nbytes",
@@ -99,6 +100,15 @@ def has_size_from_data(value: Tensor) -> bool:
     Such a symbol has no value when compiling, and a trace of new operations on it cannot bind it.
     """
     return any(map(is_nested_int, value.shape)) or bool(free_unbacked_symbols(value))
+
+
+def sizes_of(x: Tensor) -> list[int | torch.SymInt]:
+    """The sizes of a tensor, those as numbers that were symbols once: no trace tracks what has become a number."""
+    sizes: list[int | torch.SymInt] = []
+    for size in x.shape:
+        number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+        sizes.append(size if number is None else number)
+    return sizes
 
 
 def size_symbols(value: Tensor) -> frozenset[object]:

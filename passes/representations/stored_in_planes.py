@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fewbit_fx.codec.bitplanes import PlaneLayout, plane_layout
-from fewbit_fx.torch_private.sizes import bare_symbol
+from fewbit_fx.torch_private.sizes import bare_symbol, sizes_of
 
 from ..graph import value_of
 from ..reasons import Cause, Reason
@@ -46,6 +44,5 @@ def decoded_alone(stored: StoredInPlanes) -> StoredInPlanes | Exact:
     Sizes are inputs of the backward, each by itself. A product of some is known to a trace only as the size of a
     saved tensor, which it is where the layout keeps that dimension.
     """
-    sizes: list[Any] = list(stored.value.shape)
-    products = [n for n in sizes if isinstance(n, torch.SymInt) and bare_symbol(n) is None]
+    products = [n for n in sizes_of(stored.value) if isinstance(n, torch.SymInt) and bare_symbol(n) is None]
     return Exact(Reason(Cause.SIZE_NOT_IN_BACKWARD)) if products and not stored.layout.kept else stored
