@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ def plane_layout(x: Tensor, lanes: tuple[int, ...] = ()) -> PlaneLayout:
         lanes: The numbers of lanes to choose from, the best first; by default those that suit the device and dtype.
     """
     order = memory_order(x)
-    own = sizes_of(x)
+    own: list[Any] = sizes_of(x)
     sizes = [own[d] for d in order] if order else own
     kept = 0
     for i, size in enumerate(sizes):  # a plain loop, which Dynamo traces

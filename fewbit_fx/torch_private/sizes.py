@@ -102,10 +102,11 @@ def has_size_from_data(value: Tensor) -> bool:
     return any(map(is_nested_int, value.shape)) or bool(free_unbacked_symbols(value))
 
 
-def sizes_of(x: Tensor) -> list[int | torch.SymInt]:
+def sizes_of(x: Tensor) -> list[int]:
     """The sizes of a tensor, those as numbers that were symbols once: no trace tracks what has become a number."""
-    sizes: list[int | torch.SymInt] = []
-    for size in x.shape:
+    sizes: list[Any] = []
+    shape: tuple[Any, ...] = x.shape
+    for size in shape:
         number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
         sizes.append(size if number is None else number)
     return sizes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,5 +46,6 @@ def decoded_alone(stored: StoredInPlanes) -> StoredInPlanes | Exact:
     Sizes are inputs of the backward, each by itself. A product of some is known to a trace only as the size of a
     saved tensor, which it is where the layout keeps that dimension.
     """
-    products = [n for n in sizes_of(stored.value) if isinstance(n, torch.SymInt) and bare_symbol(n) is None]
+    sizes: list[Any] = sizes_of(stored.value)
+    products = [n for n in sizes if isinstance(n, torch.SymInt) and bare_symbol(n) is None]
     return Exact(Reason(Cause.SIZE_NOT_IN_BACKWARD)) if products and not stored.layout.kept else stored
