@@ -47,7 +47,6 @@ def own_cut(gm: fx.GraphModule, joint_inputs: Sequence[object], alive: tuple[int
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
     for graph in (gm.graph, forward.graph, backward.graph):
         _unmark(graph)
-    forward, backward = with_original_names(forward, backward, gm.graph, kwargs["num_fwd_outputs"])
     return Partition(forward, backward, kwargs["num_fwd_outputs"], alive)
 
 
@@ -74,7 +73,7 @@ def leaner_cuts(
         if again:
             _mark(uncut.graph, again)
         with cheap_recomputation(all_unmarked=again is not None):
-            partition = own_cut(uncut, joint_inputs, alive, **kwargs)
+            partition = with_original_names(own_cut(uncut, joint_inputs, alive, **kwargs), uncut.graph)
         if not any(map(_draws_numbers, partition.backward.graph.nodes)):
             yield partition, uncut.graph
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, fx
 
 from fewbit_fx.torch_private.graphs import make_graph_module
 
 from .graph import output_values, placeholders
+from .partition import Partition
 
 _NAME = "fewbit_name"  # key of a node's metadata: its name in the joint graph
 
@@ -26,23 +28,21 @@ def note_names(joint: fx.Graph) -> None:
         node.meta[_NAME] = node.name
 
 
-def with_original_names(
-    forward: fx.GraphModule, backward: fx.GraphModule, joint: fx.Graph, num_fwd_outputs: int
-) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The same graphs, in which each node that was one of the joint graph has its name, and no other node has.
+def with_original_names(cut: Partition, joint: fx.Graph) -> Partition:
+    """The same cut, in whose graphs each node that was one of the joint graph has its name, and no other node has.
 
     What the forward saves has the name of the backward's input, also where it was none of the joint graph's.
 
     Args:
-        forward, backward: Graphs that were cut out of the joint graph.
+        cut: A cut of the joint graph.
         joint: The joint graph as the cut left it.
-        num_fwd_outputs: How many of the forward's outputs are not saved.
     """
     own = {n.meta[_NAME]: n.name for n in joint.nodes if _NAME in n.meta and n.op != "output"}
-    backward = _renamed(backward, own, {})
-    saved, taken = output_values(forward.graph)[num_fwd_outputs:], placeholders(backward.graph)
+    backward = _renamed(cut.backward, own, {})
+    saved, taken = output_values(cut.forward.graph)[cut.num_fwd_outputs :], placeholders(backward.graph)
     pairs = zip(filter(_is_tensor, saved), filter(_is_tensor, taken), strict=False)  # the tangents come last
-    return _renamed(forward, own, {one: other.name for one, other in pairs}), backward
+    forward = _renamed(cut.forward, own, {one: other.name for one, other in pairs})
+    return replace(cut, forward=forward, backward=backward)
 
 
 def _renamed(gm: fx.GraphModule, own: Mapping[str, str], others: Mapping[fx.Node, str]) -> fx.GraphModule:

@@ -23,6 +23,7 @@ from fewbit_fx.torch_private.inputs import are_described, living_inputs
 
 from .cuts import leaner_cuts, own_cut
 from .faults import GRAPH_EXACT, NO_REPORT, Faults, stage
+from .original_names import with_original_names
 from .partition import Partition
 from .pipeline import Work, require_pass_names, run_passes
 from .reasons import Cause, Reason
@@ -82,6 +83,8 @@ class FewBitPartitioner(CustomPartitionerFn):
                 # Those that the cut saves may live anyway, so a code is no gain; others may not, so to save is a loss.
                 alive = plain.saved_inputs()
                 plain = replace(plain, static_inputs=alive)
+        with faults.of("the names in the cut", GRAPH_EXACT):
+            plain = with_original_names(plain, gm.graph)
         started = time.perf_counter()
         compressed = None
         if not faults.found:
