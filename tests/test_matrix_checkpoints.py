@@ -57,16 +57,19 @@ def save_all(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE
 
 
+RANDOM_STATE = 8, 5056  # bytes of what dropout is drawn again from: a seed or, in torch 2.15, a generator's state
+
+
 @pytest.mark.parametrize(
-    ("policy", "plain", "lean"),
+    ("policy", "plain"),
     [
-        (recompute_all, 8200, 8200),  # the input, and the seed of dropout
-        (must_save_products, None, None),
-        (must_recompute_silu, None, None),
-        (save_all, None, None),
+        (recompute_all, 8192),  # the input
+        (must_save_products, None),
+        (must_recompute_silu, None),
+        (save_all, None),
     ],
 )
-def test_selective_checkpoint(policy: Policy, plain: int | None, lean: int | None) -> None:
+def test_selective_checkpoint(policy: Policy, plain: int | None) -> None:
     """Codes stand for what a policy saves; what it computes again stays so."""
     model, x = nn.Sequential(SwiGLU(), nn.Dropout(0.2)), torch.randn(64, 32)
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
@@ -77,9 +80,11 @@ def test_selective_checkpoint(policy: Policy, plain: int | None, lean: int | Non
     recording, _ = run(loss, [*model.parameters()], LEAN)
     assert recording.check() == 1
     if plain is not None:
-        assert (recording.plain_bytes, recording.fewbit_bytes) == (plain, lean)
+        assert recording.plain_bytes == recording.fewbit_bytes
+        assert recording.plain_bytes - plain in RANDOM_STATE
     else:
-        assert recording.fewbit_bytes < recording.plain_bytes / 2
+        least, most = RANDOM_STATE
+        assert recording.fewbit_bytes - least < (recording.plain_bytes - least) / 2 + most
 
 
 def test_hugging_face_gradient_checkpointing() -> None:
