@@ -65,9 +65,8 @@ def leaner_cuts(
     """
     if not all(has_known_size(n) for n in gm.graph.nodes if n.op == "call_function"):
         return  # as in the trace of torch.func.linearize: torch's algorithm would raise where it may compute more again
-    choices = (
-        [None] if has_a_budget(gm.graph) else _choices(gm.graph)
-    )  # marked, a budget may save a tuple whole, no tensor
+    # With nodes marked, a budget may save a tuple whole, which is no tensor.
+    choices = [None] if has_a_budget(gm.graph) else _choices(gm.graph)
     for i, again in enumerate(choices):
         uncut = gm if i == len(choices) - 1 else copy_module(gm)  # a cut changes its graph
         if again:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -157,6 +157,13 @@ def choose_scheme(derivative: Function, bits: int) -> NearestScheme:
         if error <= _MUCH_WORSE * fixed.relative_error:
             return replace(sampled, relative_error=error)
     return fixed
+
+
+SCHEMES_BY_LEVELS: Mapping[str, Callable[[Function, int], NearestScheme]] = {
+    "sampled": choose_scheme,
+    "typical": fit_scheme,
+}
+"""How a scheme is chosen, by the option ``levels``."""
 
 
 def stochastic_scheme(derivative: Function, bits: int) -> Scheme:

@@ -353,7 +353,6 @@ def _halves(
 
 def _distances(gradients: Gradients, others: Gradients) -> dict[str, float]:
     """The norm of the difference of each parameter's two gradients; one that is missing counts as 0."""
-
     zero = torch.zeros(())
 
     def distance(name: str) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -13,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbit_fx.codebooks.activations import Pointwise, derivative_of, trace_derivative, undisturbed, writes_to_its_input
-from fewbit_fx.codebooks.sampling import Function, NotCodableError
+from fewbit_fx.codebooks.sampling import NotCodableError
 from fewbit_fx.codec.encode_decode import at_least_float32
-from fewbit_fx.codec.scheme import NearestScheme, choose_scheme, fit_scheme
+from fewbit_fx.codec.scheme import SCHEMES_BY_LEVELS, NearestScheme
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.eager.kernels import Encoder
 from fewbit_fx.function_cache import cached_per_function, owner_of
@@ -48,7 +47,6 @@ class Activation:
         return Activation(self.name, tuple({**dict(self.arguments), **rounded}.items()))
 
 
-_SCHEMES: dict[str, Callable[[Function, int], NearestScheme]] = {"sampled": choose_scheme, "typical": fit_scheme}
 _THRESHOLDS = {
     "hardtanh": ("min_val", "max_val"),
     "hardshrink": ("lambd",),
@@ -89,7 +87,7 @@ class CodedDerivative:
 @cached_per_function
 def coded_function(function: Pointwise, bits: int, levels: str) -> CodedDerivative:
     """The few-bit form of any pointwise function. Raises as :func:`fewbit_fx.codebook` does."""
-    scheme = _SCHEMES[FewBitConfig(levels=levels).levels](derivative_of(function), bits)
+    scheme = SCHEMES_BY_LEVELS[FewBitConfig(levels=levels).levels](derivative_of(function), bits)
     return CodedDerivative(Encoder(trace_derivative(function), scheme), writes_to_its_input(function))
 
 
@@ -105,7 +103,7 @@ def _coded_activation(
     activation: Activation, bits: int, levels: str, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> CodedDerivative | None:
     try:
-        scheme = _SCHEMES[levels](derivative_of(activation), bits)
+        scheme = SCHEMES_BY_LEVELS[levels](derivative_of(activation), bits)
     except NotCodableError:
         return None
     compared = activation if dtype is None else _as_compared(activation, dtype, device)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fewbit_fx.passes.record import OtherRecord, SiteRecord
+from fewbit_fx.reporting.text_table import text_table
 
 _BAR = 30  # characters of the longest bar
 
@@ -65,12 +66,11 @@ def with_the_rest_as_one(modules: Sequence[ModuleBytes], shown: int) -> list[Mod
 def bar_lines(modules: Sequence[ModuleBytes]) -> list[str]:
     """A line for each module, with a bar: ``#`` is what fewbit saves, ``.`` what it does not."""
     largest = max(max(m.plain_bytes, m.fewbit_bytes) for m in modules)
-    width = max(len(m.name) for m in modules)
-    digits = len(f"{largest:,}")
-    return [
-        f"  {m.name:<{width}}  {m.plain_bytes:>{digits},}  {m.fewbit_bytes:>{digits},}  {_bar(m, largest)}".rstrip()
-        for m in modules
-    ]
+    rows = [(m.name, f"{m.plain_bytes:,}", f"{m.fewbit_bytes:,}", _bar(m, largest)) for m in modules]
+    _, *lines = text_table(
+        ("", "before", "after", ""), rows, right=("before", "after")
+    )  # whoever prints it has a title
+    return lines
 
 
 def _bar(module: ModuleBytes, largest: int) -> str:

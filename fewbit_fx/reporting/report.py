@@ -140,7 +140,7 @@ class Report:
         before = [f"compiled before: {_model(m)} {_totals(m.plain_bytes, m.fewbit_bytes)}" for m in self.other_models]
         modules = with_the_rest_as_one(self.modules, _MODULES_IN_TEXT)
         bars = ["\n".join([_BARS, *bar_lines(modules)])] if len(modules) > 1 else []
-        meaning = [self._meaning()] if self._meaning() else []
+        meaning = [text] if (text := self._meaning()) else []
         return "\n\n".join([*head, *graphs, *bars, "\n".join([*meaning, totals, *before])])
 
 

@@ -150,8 +150,9 @@ def has_a_budget(graph: fx.Graph) -> bool:
     For all graphs, or for a region: torch then notes the budget on each of its nodes.
     """
     of_region = getattr(torch.fx.traceback, "_get_memory_budget_annotation", lambda node: None)  # not in 2.11
-    is_noted = any(of_region(n) is not None or n.meta.get("memory_budget") is not None for n in graph.nodes)
-    return is_noted or torch._functorch.config.activation_memory_budget < 1
+    return torch._functorch.config.activation_memory_budget < 1 or any(
+        of_region(n) is not None or n.meta.get("memory_budget") is not None for n in graph.nodes
+    )
 
 
 def no_budget_of_zero() -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fewbit_fx.codebooks.activations import is_affine
 from fewbit_fx.codebooks.sampling import Function, NotCodableError, symmetric_grid
 from fewbit_fx.codec.bitplanes import PlaneLayout
-from fewbit_fx.codec.scheme import Scheme, choose_scheme, fit_scheme, stochastic_scheme
+from fewbit_fx.codec.scheme import SCHEMES_BY_LEVELS, Scheme, fit_scheme, stochastic_scheme
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.sizes import statically_known_true
 
@@ -26,12 +26,6 @@ from .stored_in_planes import StoredInPlanes
 
 SWITCHED_OFF = Reason.of(Cause.SWITCHED_OFF, option="derivatives")
 PRODUCT, LOSS, PERHAPS_LOSS = Reason(Cause.PRODUCT), Reason(Cause.LOSS), Reason(Cause.PERHAPS_LOSS)
-_CHOICES: dict[tuple[str, str], Callable[[Function, int], Scheme]] = {
-    ("nearest", "sampled"): choose_scheme,
-    ("nearest", "typical"): fit_scheme,
-    ("stochastic", "sampled"): stochastic_scheme,
-    ("stochastic", "typical"): stochastic_scheme,
-}
 _NEAR_ZERO = np.array([-1e-8, 1e-8])
 _WIDE, _POINTS = 100.0, 1001
 _NEARLY_NOTHING = 1e-3  # share of the largest derivative, less than the codes of any bits can tell from 0
@@ -113,6 +107,10 @@ class DerivativeCodes(StoredInPlanes):
         return self.scheme.levels
 
 
+def _choice(config: FewBitConfig) -> Callable[[Function, int], Scheme]:
+    return stochastic_scheme if config.rounding == "stochastic" else SCHEMES_BY_LEVELS[config.levels]
+
+
 def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | None:
     """Codes of the derivative, where it has a codebook that is good enough for what its data may be."""
     if not isinstance(site, DerivativeSite):
@@ -122,8 +120,7 @@ def propose_derivative_codes(site: Site, config: FewBitConfig) -> Decision | Non
     if not config.derivatives:
         return Exact(SWITCHED_OFF)
     has_a_sample = statically_known_true(value_of(site.stored).numel() > 0)
-    choose = _CHOICES[config.rounding, config.levels] if has_a_sample else fit_scheme
-    scheme = fitted_scheme(site.derivative, config.bits, choose)
+    scheme = fitted_scheme(site.derivative, config.bits, _choice(config) if has_a_sample else fit_scheme)
     if isinstance(scheme, Exact):
         return scheme
     error = scheme.relative_error
