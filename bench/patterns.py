@@ -9,7 +9,6 @@ Nothing is compiled to kernels: the graphs are cut and rewritten, and run by pla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +16,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fewbit_fx
-from bench.backends import BUDGET, within_budget
+from bench.backends import BUDGET, saved_bytes_within_budget
 from bench.command import Command, parser_of
 from bench.result_file import File, markdown, measured_with
 
 BATCH, TOKENS, WIDTH, INNER, HEADS, VOCABULARY = 4, 128, 256, 1024, 4, 512
 RECIPES = ("exact", "derivatives", "default", "lean")
 INDUCTOR, BUDGETED = "torch.compile", f"budget {BUDGET}"
-_PLAIN = fewbit_fx.FewBitConfig(disable=("find",), recipe="derivatives")  # counts, and changes nothing
 
 
 class Gated(nn.Module):
@@ -125,23 +123,24 @@ class Between(nn.Module):
         return self.last(y).sum() if y.dim() else y
 
 
-def bits_saved(make: Callable[[], nn.Module], config: fewbit_fx.FewBitConfig, budget: bool = False) -> float:
-    """Bits that a part saves for the backward, for each token and feature."""
+def measure(name: str) -> dict[str, float]:
+    """The bits of one part by what they are saved with, for each token and feature."""
     torch.manual_seed(0)
-    model = Between(make()).to(torch.bfloat16)
+    model = Between(PATTERNS[name]()).to(torch.bfloat16)
     if isinstance(model.part, Adapted):
         model.part.adapter.float()
     x = torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    with within_budget() if budget else nullcontext():
-        report = fewbit_fx.explain(model, x, fewbit_config=config)
-    return 8 * report.fewbit_bytes / x.numel()
+    reports = {recipe: _explained(model, x, recipe) for recipe in RECIPES}
+    saved = {
+        INDUCTOR: reports[RECIPES[0]].plain_bytes,
+        BUDGETED: saved_bytes_within_budget(model, [x]),
+        **{recipe: report.fewbit_bytes for recipe, report in reports.items()},
+    }
+    return {column: 8 * count / x.numel() for column, count in saved.items()}
 
 
-def measure(name: str) -> dict[str, float]:
-    """The bits of one part by what they are saved with."""
-    make = PATTERNS[name]
-    recipes = {recipe: bits_saved(make, fewbit_fx.FewBitConfig(recipe=recipe)) for recipe in RECIPES}
-    return {INDUCTOR: bits_saved(make, _PLAIN), BUDGETED: bits_saved(make, _PLAIN, budget=True), **recipes}
+def _explained(model: nn.Module, x: Tensor, recipe: str) -> fewbit_fx.Report:
+    return fewbit_fx.explain(model, x, fewbit_config=fewbit_fx.FewBitConfig(recipe=recipe))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
