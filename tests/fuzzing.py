@@ -375,7 +375,7 @@ def assert_same(mine: Tensor | None, theirs: Tensor | None, dtype: torch.dtype) 
     assert (mine - theirs)[finite].norm() <= close * theirs[finite].norm() + 1e-30
 
 
-class _Recorder(GraphRun):
+class Recorder(GraphRun):
     """Runs a graph and keeps the value of each node by name."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -390,7 +390,7 @@ class _Recorder(GraphRun):
         return value
 
 
-class _Replay(_Recorder):
+class Replay(Recorder):
     """Runs a backward in which each coded site is given what its codes decode to."""
 
     def __init__(self, work: Work, forward: dict[str, Any]) -> None:
@@ -426,18 +426,18 @@ def replay(work: Work, inputs: list[Any]) -> tuple[list[Tensor], list[Tensor | N
     """The outputs, and a gradient for each input, by the plain graphs and the codes of the plan."""
     with torch.no_grad():
         torch.manual_seed(1)
-        forward = _Recorder(work.plain.forward)
+        forward = Recorder(work.plain.forward)
         results = forward.run(*(hint(i) if isinstance(i, torch.SymInt) else i for i in inputs))
-        _joint_values(work, forward.values)
+        joint_values(work, forward.values)
         outputs, saved = results[: work.plain.num_fwd_outputs], _symbols_first(results[work.plain.num_fwd_outputs :])
         losses = [t for t in outputs if isinstance(t, Tensor) and t.dim() == 0 and t.is_floating_point()]
-        backward = _Replay(work, forward.values)
+        backward = Replay(work, forward.values)
         taken = sum(n.op == "placeholder" for n in work.plain.backward.graph.nodes) - len(saved)
         gradients = backward.run(*saved, *(torch.ones_like(t) for t in losses[:taken]))
     return losses, list(gradients)
 
 
-def _joint_values(work: Work, values: dict[str, Any]) -> None:
+def joint_values(work: Work, values: dict[str, Any]) -> None:
     """Add what codes are made of that the forward had no use for, as a view of a saved tensor."""
 
     def value_of(node: fx.Node) -> Any:

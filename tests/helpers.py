@@ -194,6 +194,11 @@ def close_to_oracle(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all((a - b).norm() <= 0.2 * 1e-3**0.5 * b.norm() for a, b in zip(found, expected, strict=True))
 
 
+def copy_of(value: Any) -> Any:
+    """A tensor with a storage of its own; anything else as it is."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     """Gradients of all trained parameters."""
     return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))

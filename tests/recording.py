@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from functorch.compile import make_boxed_func
-from fuzzing import _joint_values, _Recorder, _Replay, assert_same, check_interface
-from helpers import check_sums
+from fuzzing import Recorder, Replay, assert_same, check_interface, joint_values
+from helpers import check_sums, copy_of
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 
@@ -65,7 +65,7 @@ class Recording:
             run, calls = GraphRun(module).run, graph.backward if is_backward else graph.forward
 
             def recorded(*args: Any) -> Any:
-                state, given = torch.get_rng_state(), [_copy(a) for a in args]
+                state, given = torch.get_rng_state(), [copy_of(a) for a in args]
                 calls.append(Call(state, given, run(*args)))
                 return calls[-1].returned
 
@@ -108,10 +108,10 @@ def _calls_alone(region: Work) -> tuple[Call, Call]:
     forward, backward = region.chosen.forward, region.chosen.backward
     state = torch.get_rng_state()
     given = [_random(n) for n in placeholders(forward.graph)]
-    returned = GraphRun(forward).run(*map(_copy, given))
+    returned = GraphRun(forward).run(*map(copy_of, given))
     saved = returned[region.chosen.num_fwd_outputs :]
     taken = [*saved, *(_random(n) for n in placeholders(backward.graph)[len(saved) :])]
-    return Call(state, given, returned), Call(state, taken, GraphRun(backward).run(*map(_copy, taken)))
+    return Call(state, given, returned), Call(state, taken, GraphRun(backward).run(*map(copy_of, taken)))
 
 
 def _random(node: fx.Node) -> Tensor:
@@ -119,22 +119,18 @@ def _random(node: fx.Node) -> Tensor:
     return torch.randn(value.shape, dtype=value.dtype)
 
 
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
 def _compare(work: Work, forward: Call, backward: Call) -> None:
     outputs = work.plain.num_fwd_outputs
     with torch.no_grad():
         torch.set_rng_state(forward.random_state)
-        recorder = _Recorder(work.plain.forward)
-        results = recorder.run(*map(_copy, forward.given))
-        _joint_values(work, recorder.values)
+        recorder = Recorder(work.plain.forward)
+        results = recorder.run(*map(copy_of, forward.given))
+        joint_values(work, recorder.values)
         for mine, theirs in zip(forward.returned[:outputs], results[:outputs], strict=True):
             assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
         tangents = backward.given[len(forward.returned) - outputs :]
         torch.set_rng_state(backward.random_state)
-        gradients = _Replay(work, recorder.values).run(*results[outputs:], *map(_copy, tangents))
+        gradients = Replay(work, recorder.values).run(*results[outputs:], *map(copy_of, tangents))
     for mine, theirs in zip(backward.returned, gradients, strict=True):
         if isinstance(mine, Tensor) or isinstance(theirs, Tensor):
             assert_same(mine, theirs, torch.float32)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from helpers import copy_of
 from torch import Tensor, fx
 
 from fewbit_fx import FewBitConfig
@@ -149,14 +150,10 @@ def run(scenario: Scenario, config: FewBitConfig | None, reference: bool = False
 
     try:
         outputs, gradients = scenario(lambda f, **kwargs: torch.compile(f, backend=backend, **kwargs))
-        outcome.outputs, outcome.gradients = [_copy(t) for t in outputs], [_copy(t) for t in gradients]
+        outcome.outputs, outcome.gradients = [copy_of(t) for t in outputs], [copy_of(t) for t in gradients]
     except Exception as error:
         outcome.error = error
     return outcome
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def same(a: Any, b: Any) -> bool:
