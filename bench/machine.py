@@ -32,8 +32,8 @@ def _cpu_model() -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of what generates the code, and of what runs it."""
-    names = ("torch", "triton", "numpy")
-    return {**{name: _installed(name) for name in names}, "python": platform.python_version()}
+    others = {name: _installed(name) for name in ("triton", "numpy")}
+    return {"torch": torch.__version__, **others, "python": platform.python_version()}
 
 
 def commit(checkout: Path = CHECKOUT) -> str:

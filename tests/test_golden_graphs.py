@@ -549,6 +549,10 @@ report
     )
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11 writes sigmoids of a backward out",
+)
 def test_a_gated_mlp_by_the_default_recipe() -> None:
     """On the leaner cut: values take 8 bits, the product and SiLU are computed again from what is decoded."""
     assert_expected_inline(

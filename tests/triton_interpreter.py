@@ -6,6 +6,7 @@ What the interpreter lacks or does otherwise than a GPU is put in its place:
 - Functions of libdevice and of ``tl.math`` are those of torch on the CPU, so that whatever differs is not theirs.
 - Rounding to bfloat16 is to the nearest even, as a GPU has it; the interpreter cuts digits off.
 - Reductions by a function of two elements take halves, as a GPU does; the interpreter takes single elements.
+- A number that is an index may be an array of one element, which Triton 3.6 cannot take from numpy 2.4.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ def _elementwise(function: Callable[..., Tensor]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _as_a_gpu_computes() -> Iterator[None]:
+    import triton
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
@@ -160,6 +162,12 @@ def _as_a_gpu_computes() -> Iterator[None]:
             parts = [part.squeeze(axis) for part in parts]
         return [self.to_tensor(part, value.dtype) for part, value in zip(parts, values, strict=True)]
 
+    patch_tensors = triton.runtime.interpreter._patch_lang_tensor
+
+    def patch_indices_too(tensor: Any, scope: Any) -> None:
+        patch_tensors(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
+
     with contextlib.ExitStack() as stack:
         for name in ("exp", "exp2", "log", "log2", "sin", "cos", "erf", "rsqrt", "sqrt", "floor", "ceil"):
             function = getattr(torch, name)
@@ -169,5 +177,6 @@ def _as_a_gpu_computes() -> Iterator[None]:
 
             stack.enter_context(mock.patch.object(InterpreterBuilder, f"create_{name}", unary))
         stack.enter_context(mock.patch.object(InterpreterBuilder, "cast_impl", cast_impl))
+        stack.enter_context(mock.patch.object(triton.runtime.interpreter, "_patch_lang_tensor", patch_indices_too))
         stack.enter_context(mock.patch.object(ReduceOps, "generic_reduce", reduce_halves))
         yield

@@ -39,6 +39,7 @@ from torch import Tensor
 from fewbit_fx.codec.bitplanes import PlaneLayout, plane_layout
 from fewbit_fx.codec.dither import uniform
 from fewbit_fx.codec.packing import blocks_per_group, field_widths, pack, unpack
+from fewbit_fx.torch_private.inductor import keeps_rounding
 
 SCALE_DTYPE = torch.bfloat16
 CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those whose range the scale has
@@ -70,14 +71,27 @@ def encode_values(
     saved = []
     for part in layout.split(x):
         wide = _in_blocks(part).to(torch.float32)
-        scale = (wide.abs().amax(-1, keepdim=True) * _SHRINK).clamp_min(_LEAST_SCALE).to(SCALE_DTYPE)
-        divisor = scale.to(torch.float32).clamp_max(_MOST_SCALE)
+        exact = (wide.abs().amax(-1, keepdim=True) * _SHRINK).clamp_min(_LEAST_SCALE)
+        scale = exact.to(SCALE_DTYPE)
+        divisor = _widened(scale, exact).clamp_max(_MOST_SCALE)
         if seed is not None:
             codes = _stochastic(wide, divisor, bits, shares, _in_blocks(uniform(seed, x, part)))
         else:
             codes = _interval(wide, divisor, bits)
         saved += [*pack(codes, bits), scale]
     return saved
+
+
+def _widened(scale: Tensor, exact: Tensor) -> Tensor:
+    """The scale as it is stored, in float32: the codes are of it, not of what it was rounded from.
+
+    Where Inductor leaves out the rounding, it is done on the bits of float32, of which bfloat16 has the upper half:
+    half of its last digit is added, less a bit of the lower half where the digit is even.
+    """
+    if keeps_rounding():
+        return scale.to(torch.float32)
+    bits = exact.view(torch.int32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
 def _in_blocks(part: Tensor) -> Tensor:

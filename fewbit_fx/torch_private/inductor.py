@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ __all__ = [
     "donate_nothing",
     "has_a_budget",
     "inductor_options",
+    "keeps_rounding",
     "min_cut_rematerialization_partition",
     "no_budget_of_zero",
     "no_buffer_donated",
@@ -161,6 +162,16 @@ def no_budget_of_zero() -> AbstractContextManager[None]:
     return activation_memory_budget(budget or sys.float_info.min)
 
 
+def keeps_rounding() -> bool:
+    """Whether a GPU's kernel that saves a number in bfloat16 goes on with it as saved, not as it was before.
+
+    Inductor of torch 2.11 never does, later ones do unless a setting says otherwise.
+    """
+    from torch._inductor import config
+
+    return bool(getattr(config, "emulate_precision_casts_on_saved_tensors", False))
+
+
 def no_buffer_donated() -> AbstractContextManager[None]:
     """Compile backwards that may run again and again, as a benchmark repeats them."""
     patched: AbstractContextManager[None] = torch._functorch.config.patch(donated_buffer=False)
@@ -189,8 +200,15 @@ def partition_only(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     partitioner: CustomPartitionerFn,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Take a graph through AOTAutograd and the partition as Inductor would, and run it by plain ATen operations."""
+    """Take a graph through AOTAutograd and the partition as Inductor would, and run it by plain ATen operations.
+
+    Args:
+        gm, example_inputs: As a backend is given them.
+        partitioner: In place of torch's own.
+        options: Of Inductor, that decide what torch's own partition saves.
+    """
     from torch._inductor.compile_fx import compile_fx
 
     def run_eagerly(graph: fx.GraphModule, _inputs: Sequence[Any], **_kwargs: Any) -> Any:
@@ -203,7 +221,7 @@ def partition_only(
             gm,
             list(example_inputs),
             inner_compile=run_eagerly,
-            config_patches={"custom_partitioner_fn": partitioner},
+            config_patches={**(options or {}), "custom_partitioner_fn": partitioner},
         )
     runnable: Callable[..., Any] = compiled
     return runnable
