@@ -168,10 +168,10 @@ def _dit() -> Example:
         "timestep": torch.tensor([10, 500]),
         "class_labels": torch.tensor([1, 2]),
     }
-    return Example(model, inputs, _mean_square)
+    return Example(model, inputs, mean_square)
 
 
-def _mean_square(result: Any) -> Tensor:
+def mean_square(result: Any) -> Tensor:
     """A loss for what predicts noise, with a target of its own."""
     sample = result.sample
     target = torch.linspace(-1, 1, sample.shape[-1], device=sample.device)
@@ -195,7 +195,7 @@ def _unet() -> Example:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
     inputs = {"sample": torch.randn(BATCH, 3, 32, 32), "timestep": torch.tensor([10, 500])}
-    return Example(model, inputs, _mean_square)
+    return Example(model, inputs, mean_square)
 
 
 def _convnext() -> Example:

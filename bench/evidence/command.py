@@ -1,0 +1,178 @@
+"""Measure memory, speed, error and convergence of every method, or what of it is not there yet, and draw it.
+
+python -m bench evidence --quick
+python -m bench evidence --models Llama-3 ViT --tasks "CoLA, full" --data DIR
+
+Each case has a process and a JSON file of its own in the output's folder, so that Ctrl-C, or a machine that goes away,
+costs one case: the same command goes on where it was. Tables and plots are made from the files, at the end and with
+--render at any time. GLUE is read from DIR (CoLA/train.tsv and so on) or fetched by the package datasets; a run without
+--tasks leaves it out where there is neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.command import DTYPES, Command, count_flag, parser_of, seconds_flag
+from bench.evidence import (
+    codebooks,
+    codebooks_table,
+    convergence,
+    convergence_plot,
+    convergence_table,
+    memory,
+    memory_plot,
+    memory_table,
+)
+from bench.evidence.cases import Case, Store, run
+from bench.evidence.methods import METHODS, OF_CONVERGENCE, OF_MEMORY
+from bench.evidence.models import MODELS, OF_DEVICE, QUICK
+from bench.evidence.tasks import DATA, TASKS
+from bench.result_file import File
+
+PARTS = ("codebooks", "memory", "convergence")
+_QUICK_BITS = (2,)
+_QUICK_MODELS = ("Llama-3",)
+_QUICK_METHODS = ("inductor", "budget 0.9", "default", "lean")
+
+Lines = Callable[[Sequence[File]], Iterator[str]]
+TABLES: Mapping[str, tuple[tuple[str, Lines], ...]] = {
+    "codebooks": (("Codebooks", codebooks_table.lines),),
+    "memory": (
+        ("Memory and time", memory_table.lines),
+        ("The best of each", memory_table.best_lines),
+        ("Methods of fewbit that another method beats in bytes, at no more time and error", memory_table.verdict),
+    ),
+    "convergence": (
+        ("Convergence", convergence_table.lines),
+        ("From which setting on", convergence_table.verdict_lines),
+    ),
+}
+"""By part: titles, and what makes a table."""
+PLOTS: Mapping[str, Callable[[Path, Sequence[File]], None]] = {
+    "memory": memory_plot.save_plot,
+    "convergence": convergence_plot.save_plot,
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for.
+
+    Attributes:
+        cases: All, whether they have been measured or not.
+        jobs: Trainings at a time.
+    """
+
+    cases: Sequence[Case]
+    jobs: int
+
+    @classmethod
+    def of(cls, flags: argparse.Namespace) -> Plan:
+        """What the flags ask for."""
+        parts = {
+            "codebooks": lambda: [codebooks.case(_QUICK_BITS) if flags.quick else codebooks.case()],
+            "memory": lambda: list(_memory_cases(flags)),
+            "convergence": lambda: _convergence_cases(flags),
+        }
+        return cls([case for name in flags.parts for case in parts[name]()], flags.jobs)
+
+
+def _memory_cases(flags: argparse.Namespace) -> Iterator[Case]:
+    device = flags.device.type
+    scale = QUICK if flags.quick else OF_DEVICE[device]
+    models = flags.models or (_QUICK_MODELS if flags.quick else MODELS)
+    methods = flags.methods or (_QUICK_METHODS if flags.quick else OF_MEMORY)
+    for model in models:
+        for method in methods:
+            if method in OF_MEMORY:
+                yield memory.case(model, method, scale, flags.dtype, device, flags.seconds)
+
+
+def _convergence_cases(flags: argparse.Namespace) -> list[Case]:
+    if flags.quick:
+        return convergence.quick_cases(flags.device.type)
+    methods = [name for name in flags.methods or OF_CONVERGENCE if name in OF_CONVERGENCE]
+    return convergence.cases(
+        flags.tasks or _tasks_with_data(flags.data), methods, range(flags.seeds), flags.device.type
+    )
+
+
+def _tasks_with_data(folder: Path | None) -> list[str]:
+    """All but GLUE where neither its files nor the package that fetches them is there."""
+    has_data = folder is not None or importlib.util.find_spec("datasets") is not None
+    return [name for name, task in TASKS.items() if has_data or not task.needs_data]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the flags, measure what is missing, and make tables and plots."""
+    flags = _parser().parse_args(arguments)
+    flags.output.mkdir(exist_ok=True)
+    command = Command.started("evidence", arguments, flags, [f"dtype {flags.dtype}"])
+    store = Store(flags.output)
+    failures = [] if flags.render else _measure(Plan.of(flags), store, command, flags.data)
+    for path in render(store, flags.output):
+        command.console.print(f"wrote {path}")
+    for failure in failures:
+        command.console.print(f"[red]failed:[/] {failure}")
+    if failures:
+        raise SystemExit(1)
+
+
+def _measure(plan: Plan, store: Store, command: Command, data: Path | None) -> list[str]:
+    """One part after the other; times are taken by one process alone. Returns what failed."""
+    environment = {DATA: str(data.absolute())} if data is not None else {}
+    failures: list[str] = []
+    with command.progress(len(plan.cases)) as show:
+        done = 0
+        for part in PARTS:
+            cases = [case for case in plan.cases if case.part == part]
+            jobs = plan.jobs if part == "convergence" else 1
+            failures += run(cases, store, command.about, jobs, environment, lambda name, i, n=done: show(name, n + i))
+            done += len(cases)
+    return failures
+
+
+def render(store: Store, folder: Path) -> Iterator[Path]:
+    """Write the tables and plots of what there is; yields what was written."""
+    text = []
+    for part, tables in TABLES.items():
+        files = store.files(part)
+        for title, lines in tables if files else ():
+            text += [f"## {title}\n", *lines(files), ""]
+        if files and part in PLOTS:
+            picture = folder / f"{part}.png"
+            PLOTS[part](picture, files)
+            text.append(f"![{part}]({picture.name})\n")
+            yield picture
+    page = folder / "tables.md"
+    page.write_text("\n".join(text))
+    yield page
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = parser_of("evidence", __doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small models and few cases, minutes on two cores")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help=f"of {', '.join(PARTS)} (default all)")
+    add("--models", nargs="+", choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)} (default all)")
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)} (default all)")
+    add("--tasks", nargs="+", choices=TASKS, metavar="NAME", help=f"of {', '.join(TASKS)} (default all)")
+    add("--seeds", type=count_flag, default=3, help="of each training, from 0 on (default 3)")
+    add("--data", type=_folder, help="the folder that GLUE is in", metavar="DIR")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of memory's models (default bfloat16)")
+    add("--seconds", type=seconds_flag, default=5.0, help="of timing each case (default 5)")
+    add("--jobs", type=count_flag, default=max(1, (os.cpu_count() or 1) // 2), help="trainings at a time, on a CPU")
+    add("--render", action="store_true", help="measure nothing: make tables and plots of what there is")
+    return parser
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}; there is no such folder")
+    return Path(text)

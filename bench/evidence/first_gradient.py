@@ -1,0 +1,66 @@
+"""The error of a method's first gradient, by its codes alone.
+
+Graphs are partitioned, but run by plain ATen operations: there what is computed again is the same bit for bit, and the
+rounding of a dtype, which differs from kernel to kernel, is the same for all methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import fewbit_fx
+from bench.architectures import Example
+from bench.evidence.methods import METHODS, REFERENCE, Method
+from bench.measure import flat_gradient, relative_error
+from fewbit_fx.passes.partitioner import FewBitPartitioner
+from fewbit_fx.torch_private.inductor import CustomPartitionerFn, min_cut_rematerialization_partition, partition_only
+
+
+def first_gradient_error(build: Callable[[], Example], method: Method, seed: int) -> float | None:
+    """Relative error of the first gradient over all parameters, or None where a method is exact by construction.
+
+    Args:
+        build: Makes the model, each time with the same weights.
+        method: Whose gradient is compared.
+        seed: Of dropout.
+    """
+    if method.is_exact:
+        return None
+    exact = METHODS[REFERENCE if method.compiled else "eager"]  # what draws the same random numbers
+    return relative_error(_gradient(build(), method, seed), _gradient(build(), exact, seed))
+
+
+def _gradient(example: Example, method: Method, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    model = _partitioned(example.model, method) if method.compiled else method.applied(example.model)
+    example.loss(model(**example.inputs)).backward()
+    return flat_gradient(example.model)
+
+
+def _partitioned(model: nn.Module, method: Method) -> Callable[..., Any]:
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        with method.settings():
+            return partition_only(gm, example_inputs, _partitioner(method), method.inductor)
+
+    torch.compiler.reset()
+    return torch.compile(model, backend=backend, dynamic=False)
+
+
+def _partitioner(method: Method) -> CustomPartitionerFn:
+    if method.options is None:
+        return _MinCut()
+    return FewBitPartitioner(fewbit_fx.FewBitConfig(**method.options), lambda record: None)
+
+
+class _MinCut(CustomPartitionerFn):
+    """torch.compile's own partitioner."""
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> None:
+        return None

@@ -1,0 +1,96 @@
+"""The tables of memory and time: each method on each model, and for each model the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from bench.comparison import mebibytes
+from bench.evidence.frontier import NOISE, Point, frontier, points
+from bench.evidence.methods import METHODS, REFERENCE
+from bench.evidence.models import MODELS
+from bench.result_file import File, markdown, measured_with
+
+SMALL_ERROR = 0.01
+"""Of the first gradient: less than the rounding of bfloat16 changes it by."""
+
+
+def lines(files: Sequence[File]) -> Iterator[str]:
+    """A row for each method, a column for each model that has been measured with it."""
+    found = _in_order(points(files))
+    head = ["bytes held, time, error", *found]
+    yield from markdown(head, *_rows(found))
+    settings = files[0].data["settings"]
+    yield f"\n<sub>{_CAPTION} {_sizes(settings)} {measured_with(files)}.</sub>"
+
+
+_CAPTION = (
+    "Bytes that the allocator holds from forward to backward, against torch.compile's default; time of a forward and a "
+    "backward over that of torch.compile's default; in brackets the error of the first gradient by codes alone. "
+    f"**Bold**: on the frontier, where no method has fewer bytes at no more time (within {NOISE:.0%}) and error."
+)
+
+
+def _sizes(settings: dict) -> str:  # type: ignore[type-arg]
+    scale = settings["scale"]
+    widths = "real widths" if scale["narrower"] == 1 else f"widths divided by {scale['narrower']}"
+    return (
+        f"{settings['dtype']}, {scale['layers']} layers of {widths}, batch {scale['batch']}, "
+        f"{scale['tokens']} tokens, images of {scale['image']} pixels."
+    )
+
+
+def _in_order(found: dict[str, list[Point]]) -> dict[str, list[Point]]:
+    return {name: found[name] for name in MODELS if name in found}
+
+
+def _rows(found: dict[str, list[Point]]) -> Iterator[list[str]]:
+    by_place = {(point.model, point.method): point for each in found.values() for point in each}
+    best = {(point.model, point.method) for each in found.values() for point in frontier(each)}
+    for method in METHODS:
+        cells = [_cell(by_place.get((model, method)), (model, method) in best) for model in found]
+        if any(cells):
+            yield [method, *cells]
+
+
+def _cell(point: Point | None, is_best: bool) -> str:
+    if point is None:
+        return ""
+    if point.method == REFERENCE:
+        return mebibytes(point.held_bytes)
+    error = f" ({100 * point.error:.1f} %)" if point.error else ""
+    text = f"{100 * (point.held - 1):+.0f} %, x {point.time:.2f}{error}"
+    return f"**{text}**" if is_best else text
+
+
+def best_lines(files: Sequence[File]) -> Iterator[str]:
+    """A row for each model: the fewest bytes under three conditions, whoever has them."""
+    found = _in_order(points(files))
+    conditions = {
+        "exact, no slower": lambda p: p.error == 0 and p.time <= 1 + NOISE,
+        "no slower, error below 1 %": lambda p: p.error < SMALL_ERROR and p.time <= 1 + NOISE,
+        "no slower": lambda p: p.time <= 1 + NOISE,
+        "exact": lambda p: p.error == 0,
+        "at any time and error": lambda p: True,
+    }
+    body = (
+        [model, *(_winner([p for p in each if holds(p)]) for holds in conditions.values())]
+        for model, each in found.items()
+    )
+    yield from markdown(["fewest bytes held", *conditions], *body)
+    yield f"\n<sub>No slower: at most {NOISE:.0%} above torch.compile's default. The same measurements as above.</sub>"
+
+
+def _winner(allowed: Sequence[Point]) -> str:
+    if not allowed:
+        return "none"
+    best = min(allowed, key=lambda point: point.held)
+    return f"{best.method}: {_cell(best, False)}"
+
+
+def verdict(files: Sequence[File]) -> Iterator[str]:
+    """A line for each model: which of fewbit's methods are beaten, and by what."""
+    for model, each in _in_order(points(files)).items():
+        others = [point for point in each if not point.is_ours]
+        beaten = {ours.method: [other.method for other in others if other.beats(ours)] for ours in each if ours.is_ours}
+        told = [f"`{ours}` by {', '.join(f'`{name}`' for name in names)}" for ours, names in beaten.items() if names]
+        yield f"- {model}: {'; '.join(told) or 'none'}."

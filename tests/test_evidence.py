@@ -1,0 +1,308 @@
+"""``python -m bench evidence``: its methods, cases, tables and plots, and a quick run of the whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.architectures import Example
+from bench.evidence import codebooks, codebooks_table, command, memory, memory_plot, memory_table
+from bench.evidence.cases import Case, Store, run
+from bench.evidence.first_gradient import first_gradient_error
+from bench.evidence.frontier import NOISE, Point, frontier, points
+from bench.evidence.methods import METHODS, OF_CONVERGENCE, OF_MEMORY, REFERENCE, blocks
+from bench.evidence.models import MODELS, QUICK, built, model_named
+from bench.evidence.piecewise import RELU_SUMS, paper_levels
+from bench.machine import CHECKOUT
+from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
+
+ABOUT = {"device": "AMD EPYC, 2 cores", "torch": "2.13.0", "date": "2026-11-26", "commit": "abc1234", "settings": ""}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.activation, self.down = nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.activation(self.up(x)))
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+def example() -> Example:
+    torch.manual_seed(0)
+    return Example(Tower().bfloat16(), {"x": torch.randn(64, 64).bfloat16()}, lambda loss: loss)
+
+
+# Methods
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.is_exact])
+def test_exact_methods_say_so(name: str) -> None:
+    assert first_gradient_error(example, METHODS[name], 0) is None
+    assert name in ("eager", "inductor", "budget 0.9", "budget 0.5", "checkpoint", "exact")
+
+
+def test_errors_of_gradients_are_as_their_bits() -> None:
+    errors = {
+        name: first_gradient_error(example, METHODS[name], 0)
+        for name in (
+            "fp8 e5m2",
+            "fp8 e4m3fn",
+            "derivatives, 1 bit",
+            "derivatives, 3 bits",
+            "default",
+            "drop-ins, 3 bits",
+        )
+    }
+    assert errors["fp8 e5m2"] > errors["fp8 e4m3fn"] > errors["default"] > 0  # type: ignore[operator]
+    assert errors["derivatives, 1 bit"] > errors["derivatives, 3 bits"] > 0  # type: ignore[operator]
+    assert errors["drop-ins, 3 bits"] > 0  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "budget 0.9", "fp8 e4m3fn", "default, budget 0.9", "drop-ins, 3 bits"])
+def test_methods_change_the_gradient_by_their_error_alone(name: str) -> None:
+    method, exact, coded = METHODS[name], example(), example()
+    exact.loss(exact.model(**exact.inputs)).backward()
+    torch.compiler.reset()
+    loss = coded.loss(method.applied(coded.model)(**coded.inputs))
+    loss.backward()
+    for (_, a), (_, b) in zip(exact.model.named_parameters(), coded.model.named_parameters(), strict=True):
+        assert b.grad is not None
+        assert float((a.grad - b.grad).norm() / a.grad.norm()) < 0.1  # type: ignore[operator,union-attr]
+
+
+def test_blocks_are_the_members_of_outermost_lists() -> None:
+    model = nn.ModuleDict(
+        {"encoder": nn.Sequential(nn.ModuleList([nn.ModuleList([Block()]), Block()])), "head": Block()}
+    )
+    outermost = model["encoder"][0]  # type: ignore[index]
+    assert list(blocks(model)) == [outermost[0], outermost[1]]
+
+
+def test_checkpoints_are_around_blocks() -> None:
+    model = Tower()
+    METHODS["checkpoint"].applied(model)
+    assert [type(layer).__name__ for layer in model.layers] == ["CheckpointWrapper"] * 2
+
+
+def test_lists_of_methods() -> None:
+    assert REFERENCE in OF_MEMORY
+    assert REFERENCE in OF_CONVERGENCE
+    assert set(OF_MEMORY) | set(OF_CONVERGENCE) == set(METHODS)
+
+
+# Models
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("SD3", "diffusion U-Net")])
+def test_models_are_built_small(name: str) -> None:
+    made = built(name, QUICK, torch.bfloat16, torch.device("cpu"), seed=0)
+    loss = made.loss(made.model(**made.inputs))
+    assert math.isfinite(float(loss.detach()))
+    assert not any(m.p for m in made.model.modules() if isinstance(m, nn.Dropout))
+
+
+def test_a_model_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="'Lama'; allowed is RoBERTa, GPT-2"):
+        model_named("Lama")
+
+
+# Cases
+
+
+def test_a_case_has_a_file_of_its_own() -> None:
+    cases = [memory.case(model, method, QUICK, "bfloat16", "cpu", 1.0) for model in MODELS for method in METHODS]
+    assert len({case.file for case in cases}) == len(cases)
+    assert Case("memory", "Llama-3, LoRA on attention, default, budget 0.9", {}).file == (
+        "memory/llama-3_lora-on-attention_default_budget-0.9.json"
+    )
+
+
+def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, measured = Store(tmp_path), []
+
+    def measure(case: Case, environment: Mapping[str, str]) -> Any:
+        measured.append(case.name)
+        if case.name == "b":
+            raise RuntimeError("failed:\nTraceback\nValueError: no")
+        return {"found": case.name}
+
+    monkeypatch.setattr(Case, "measured", measure)
+    cases = [Case("part", name, {"size": 1}) for name in "abc"]
+    shown: list[tuple[str, int]] = []
+    failures = run(cases, store, ABOUT, 1, {}, lambda name, done: shown.append((name, done)))
+    assert failures == ["part, b: ValueError: no"]
+    assert shown == [("", 0), ("a", 1), ("b", 2), ("c", 3)]
+    run(cases, store, ABOUT, 1, {}, lambda name, done: None)
+    run([Case("part", "a", {"size": 2})], store, ABOUT, 1, {}, lambda name, done: None)
+    assert measured == ["a", "b", "c", "b", "a"]  # what failed, and what has other settings
+    a, _ = store.files("part")
+    assert a.data == {"name": "a", "settings": {"size": 2}, "conditions": ABOUT, "result": {"found": "a"}}
+    assert sorted(path.name for path in (tmp_path / "part").iterdir()) == ["a.json", "c.json"]
+
+
+# Tables and plots
+
+
+def point(method: str, held: float, time: float = 1.0, error: float = 0.0) -> Point:
+    return Point("Llama-3", method, int(held * 2**20), held, held, time, error)
+
+
+def test_the_frontier() -> None:
+    plain, budget, lean = point("inductor", 1), point("budget 0.9", 0.7, 1 + NOISE / 2), point("lean", 0.4, 1.0, 0.01)
+    worse, slow = point("fp8 e5m2", 0.5, 1.0, 0.04), point("checkpoint", 0.1, 1.3)
+    assert frontier([plain, budget, lean, worse, slow]) == [budget, lean, slow]
+    assert lean.is_ours
+    assert not slow.is_ours
+
+
+def write(folder: Path, method: str, held: int, time: float, error: float | None) -> None:
+    case = memory.case("Llama-3", method, QUICK, "bfloat16", "cpu", 1.0)
+    timing = {
+        "name": method,
+        "calls": 1,
+        "rounds": 5,
+        "median_s": time,
+        "lower_s": time,
+        "upper_s": time,
+        "ratio": time,
+    }
+    result = {
+        "memory": {"held_bytes": held * 2**20, "peak_bytes": 8 * 2**20},
+        "timing": timing,
+        "gradient_error": error,
+    }
+    Store(folder).put(case, result, ABOUT)
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    write(tmp_path, "inductor", 4, 1.0, None)
+    write(tmp_path, "budget 0.9", 3, 1.0, None)
+    write(tmp_path, "default", 2, 1.01, 0.005)
+    write(tmp_path, "derivatives, 3 bits", 4, 1.2, 0.015)
+    write(tmp_path, "checkpoint", 1, 1.4, None)
+    return tmp_path
+
+
+def test_points_are_against_the_reference(measured: Path) -> None:
+    found = {p.method: p for p in points(Store(measured).files("memory"))["Llama-3"]}
+    assert (found["default"].held, found["default"].time, found["default"].error) == (0.5, 1.01, 0.005)
+    assert found["checkpoint"].error == 0
+
+
+def test_the_table_of_memory(measured: Path) -> None:
+    lines = list(memory_table.lines(Store(measured).files("memory")))
+    assert lines[0] == "| bytes held, time, error | Llama-3 |"
+    assert "| inductor | 4.0 MiB |" in lines
+    assert "| default | **-50 %, x 1.01 (0.5 %)** |" in lines
+    assert "| derivatives, 3 bits | +0 %, x 1.20 (1.5 %) |" in lines
+    assert "widths divided by 4" in lines[-1]
+
+
+def test_the_best_of_each(measured: Path) -> None:
+    files = Store(measured).files("memory")
+    row = list(memory_table.best_lines(files))[2]
+    assert row == (
+        "| Llama-3 | budget 0.9: -25 %, x 1.00 | default: -50 %, x 1.01 (0.5 %) | default: -50 %, x 1.01 (0.5 %) "
+        "| checkpoint: -75 %, x 1.40 | checkpoint: -75 %, x 1.40 |"
+    )
+    assert list(memory_table.verdict(files)) == ["- Llama-3: `derivatives, 3 bits` by `budget 0.9`."]
+
+
+def test_the_plot_of_memory(measured: Path) -> None:
+    memory_plot.save_plot(measured / "memory.png", Store(measured).files("memory"))
+    assert (measured / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Codebooks
+
+
+def test_the_papers_levels_are_those_that_its_library_ships() -> None:
+    """Theirs of GELU in 2 bits, to within the grid: borders are 0.006 apart at most, levels follow."""
+    found = paper_levels("gelu", 2)
+    assert found.borders == pytest.approx((-0.453594, 0.00001, 0.453608), abs=0.006)
+    assert found.levels == pytest.approx((-0.00148, 0.32506, 0.67495, 1.00148), abs=0.003)
+
+
+@pytest.mark.parametrize("function", RELU_SUMS)
+def test_sums_of_relus_are_the_function_far_away(function: str) -> None:
+    """Slopes add up to 1 and the lines to no offset, as the paper's constraints have it."""
+    pieces = RELU_SUMS[function]
+    rises = [b - a for a, b in zip(pieces.levels, pieces.levels[1:], strict=False)]
+    assert sum(rises) == pytest.approx(1)
+    assert sum(rise * border for rise, border in zip(rises, pieces.borders, strict=True)) == pytest.approx(0, abs=1e-6)
+    assert pieces(derivative_of(ACTIVATIONS[function])(torch.zeros(1).numpy()) - 9)[0] == 0
+
+
+def test_errors_of_levels() -> None:
+    rows = {(row.function, row.levels): row.errors for row in codebooks.measure([2], 2**14)}
+    assert len(rows) == 8
+    for function in codebooks.FUNCTIONS:
+        ours, papers = rows[function, codebooks.OURS], rows[function, codebooks.PAPER]
+        assert ours[0] < papers[0]  # of narrow x, which fixed levels cannot follow
+        assert all(a < b for a, b in zip(ours, rows[function, codebooks.RELUS], strict=True))
+
+
+def test_the_table_of_codebooks(tmp_path: Path) -> None:
+    errors = [0.1] * len(codebooks.SPREADS)
+    rows = [
+        {"function": "silu", "levels": "sampled", "bits": 2, "errors": [0.05, *errors[1:]]},
+        {"function": "silu", "levels": "the paper's", "bits": 2, "errors": errors},
+    ]
+    store = Store(tmp_path)
+    store.put(codebooks.case(), rows, ABOUT)
+    lines = list(codebooks_table.lines(store.files("codebooks")))
+    assert lines[2].startswith("| SiLU, 2 bits | sampled | **5.0 %** | **10.0 %** |")
+    assert lines[3].startswith("| SiLU, 2 bits | the paper's | 10.0 % | **10.0 %** |")
+
+
+# The command
+
+
+def test_the_full_run_has_all_cases() -> None:
+    flags = command._parser().parse_args([])
+    cases = command.Plan.of(flags).cases
+    assert len([case for case in cases if case.part == "memory"]) == len(MODELS) * len(OF_MEMORY)
+    assert {case.settings["seed"] for case in cases if case.part == "convergence"} == {0, 1, 2}
+
+
+def test_render_alone_measures_nothing(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Case, "measured", lambda *_: pytest.fail("measured"))
+    command.main(["--render", "--output", str(measured)])
+    assert "## Memory and time" in (measured / "tables.md").read_text()
+
+
+def test_a_quick_run(tmp_path: Path) -> None:
+    """The whole command, as users call it."""
+    folder = tmp_path / "quick"
+    line = [sys.executable, "-m", "bench", "evidence", "--quick", "--seconds", "0.1", "--output", str(folder)]
+    done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (folder / "tables.md").read_text()
+    assert "## Codebooks" in page
+    assert "## Convergence" in page
+    found = {p.method: p for p in points(Store(folder).files("memory"))["Llama-3"]}
+    assert found["lean"].held < found["default"].held < found["budget 0.9"].held < 1
+    assert found["lean"].error > found["default"].error > 0
+    assert all(json.loads(path.read_text())["conditions"]["torch"] for path in folder.rglob("*.json"))
