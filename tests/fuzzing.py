@@ -18,6 +18,7 @@ from helpers import check_sums
 from hypothesis import event
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.utils.checkpoint import checkpoint
 
@@ -415,8 +416,8 @@ class Replay(Recorder):
 
         if not self._symbols:
             return decoded(*values)
-        # Where sizes are symbols, codes are a trace of them.
-        with mode_of(value_of(site.stored)):
+        # Where sizes are symbols, codes are a trace of them, as AOTAutograd traces.
+        with mode_of(value_of(site.stored)), enable_python_dispatcher():
             traced = trace(lambda *values: [decoded(*values)], [*site.coded_inputs, site.stored, *self._symbols])
         (result,) = fx.Interpreter(fx.GraphModule({}, traced)).run(*values, *(hint(value_of(n)) for n in self._symbols))
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,36 @@ def test_a_transformers_forward_is_bit_identical(make: Callable[[], nn.Module], 
     assert (
         0 < error <= 0.1 * sum(float(b.float().norm() ** 2) for b in exact) ** 0.5
     )  # the codebook's own error is 6.4 %
+
+
+class Residual(nn.Module):
+    """Tensors that are saved, stored as codes, and go on in the same kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second, self.last = (
+            nn.Linear(256, 256),
+            nn.LayerNorm(256),
+            nn.Linear(256, 256),
+            nn.RMSNorm(256),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).sin() + x
+        return self.last(self.second(self.norm(h)) * h.cos() + h)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_forward_is_as_near_to_that_of_float32(dtype: torch.dtype) -> None:
+    """A kernel rounds what it stores, and codes take the place of some of it: bits are not inductor's, errors are."""
+    model, x = Residual().to(dtype), torch.randn(64, 256).to(dtype)
+    exact = copy.deepcopy(model).float()(x.float()).detach()
+    errors = {}
+    for name, backend in (("inductor", "inductor"), ("fewbit", fewbit_fx.backend(min_numel=0, strict=True))):
+        torch.compiler.reset()
+        y = torch.compile(model, backend=backend)(x).detach()
+        errors[name] = float((y.float() - exact).norm())
+    assert 0 < errors["fewbit"] <= 1.02 * errors["inductor"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

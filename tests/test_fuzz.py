@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, example, given, settings
 
 from fewbit_fx.config import FewBitConfig
 
-# Found before, and mended: torch names nodes anew behind the state of a generator; a constant has no inputs.
+# Found before, and mended: torch names nodes anew behind the state of a generator; a constant has no inputs; a size may
+# be a symbol no more; the replay of these tests traced without the dispatcher that AOTAutograd has.
 ATTENTION_IN_A_CHECKPOINT = Case(
     (Step("hardswish", 0, 0, True, False), Step("attention", 1, 2, False, True)),
     outputs=2,
@@ -52,6 +53,36 @@ SIZE_THAT_BECAME_A_NUMBER = Case(
     trained_input=True,
     dynamic=True,
 )
+PADDING_OF_SYMBOLIC_SIZE = Case(
+    (
+        Step("scale", 3, 1, False, False),
+        Step("into a slice", 2, 0, True, False),
+        Step("layer_norm", 2, 2, True, False),
+        Step("into a slice", 3, 2, True, False),
+        Step("logsumexp", 1, 2, False, True),
+        Step("linear", 1, 4, True, False),
+        Step("scale", 4, 1, False, False),
+        Step("maximum", 1, 1, False, True),
+    ),
+    outputs=1,
+    loss="sum",
+    config=FewBitConfig(
+        recipe="derivatives",
+        bits=1,
+        levels="sampled",
+        value_bits=2,
+        softmax_bits=5,
+        masks=False,
+        max_relative_error=10.0,
+        min_numel=0,
+        strict=True,
+    ),
+    budget=1.0,
+    dtype=torch.float32,
+    layout="expanded",
+    trained_input=True,
+    dynamic=True,
+)
 GRAPHS = int(os.environ.get("FUZZ", "40"))
 
 
@@ -66,5 +97,6 @@ GRAPHS = int(os.environ.get("FUZZ", "40"))
 @example(ATTENTION_IN_A_CHECKPOINT)
 @example(CONSTANT_THAT_THE_FORWARD_LACKS)
 @example(SIZE_THAT_BECAME_A_NUMBER)
+@example(PADDING_OF_SYMBOLIC_SIZE)
 def test_random_models(case: Case) -> None:
     check(case)
