@@ -18,7 +18,7 @@ from bench.evidence.methods import METHODS
 from bench.evidence.models import MODELS
 from bench.result_file import File, measured_with
 
-_COLUMNS = 4
+_COLUMNS = 3
 _FASTEST, _SLOWEST = 0.8, 2.0  # what takes longer stands at the edge
 _ERRORS = LogNorm(1e-3, 0.3)
 _MAP = plt.get_cmap("plasma_r")
@@ -49,8 +49,8 @@ def save_plot(path: Path, files: Sequence[File], models: Sequence[str] | None = 
     bar.set_label("relative error of the gradient (green: exact)")
     handles = [plt.Line2D([], [], marker=m, color="#555555", ls="", label=family) for family, m in markers.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    figure.suptitle("time of a step against bytes held from forward to backward, of torch.compile's", fontsize=10)
-    figure.supxlabel(measured_with(files), fontsize=7)
+    what = "time of a step against bytes held from forward to backward, both of torch.compile's"
+    figure.suptitle(f"{what}\n{measured_with(files)}", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

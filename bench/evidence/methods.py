@@ -6,6 +6,7 @@ checkpoints around blocks, and Inductor's own fp8 codes of what is saved.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.utils.checkpoint import checkpoint
 
 import fewbit_fx
 from fewbit_fx.torch_private.inductor import activation_memory_budget, compile_with_inductor
@@ -55,8 +56,8 @@ class Method:
         The compilation comes with the first call.
         """
         if self.checkpointed:
-            chosen = set(blocks(model))
-            apply_activation_checkpointing(model, check_fn=lambda module: module in chosen)
+            for block in blocks(model):
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore
         if not self.compiled and self.options is not None:
             fewbit_fx.convert(model, **self.options)
         return torch.compile(model, backend=self.backend(), dynamic=False) if self.compiled else model  # type: ignore
