@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, example, given, settings
 from fewbit_fx.config import FewBitConfig
 
 # Found before, and mended: torch names nodes anew behind the state of a generator; a constant has no inputs; a size may
-# be a symbol no more; the replay of these tests traced without the dispatcher that AOTAutograd has.
+# be a symbol no more; the replay of these tests traced without the dispatcher that AOTAutograd has; what was decoded of
+# an expanded tensor had other strides than what pointwise operations make of it.
 ATTENTION_IN_A_CHECKPOINT = Case(
     (Step("hardswish", 0, 0, True, False), Step("attention", 1, 2, False, True)),
     outputs=2,
@@ -83,6 +84,26 @@ PADDING_OF_SYMBOLIC_SIZE = Case(
     trained_input=True,
     dynamic=True,
 )
+EXPANDED_INPUT = Case(
+    (Step("linear", 4, 1, False, False), Step("linear", 5, 0, True, False), Step("detached", 3, 3, True, False)),
+    outputs=1,
+    loss="cross entropy",
+    config=FewBitConfig(
+        bits=4,
+        levels="typical",
+        value_bits=6,
+        norm_bits=4,
+        softmax_bits=6,
+        rounding="stochastic",
+        max_relative_error=10.0,
+        min_numel=0,
+        strict=True,
+    ),
+    budget=0.5,
+    dtype=torch.float32,
+    layout="expanded",
+    trained_input=True,
+)
 GRAPHS = int(os.environ.get("FUZZ", "40"))
 
 
@@ -98,5 +119,6 @@ GRAPHS = int(os.environ.get("FUZZ", "40"))
 @example(CONSTANT_THAT_THE_FORWARD_LACKS)
 @example(SIZE_THAT_BECAME_A_NUMBER)
 @example(PADDING_OF_SYMBOLIC_SIZE)
+@example(EXPANDED_INPUT)
 def test_random_models(case: Case) -> None:
     check(case)

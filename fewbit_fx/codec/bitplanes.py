@@ -154,9 +154,11 @@ def memory_order(x: Tensor) -> tuple[int, ...]:
     """Dimensions from the largest stride to the smallest, or () where that is their own order.
 
     Symbolic strides are compared by hint: what is decoded has the strides of what was encoded, which its readers view.
+    An expanded dimension, whose stride is 0, stays where it is, as in the results of pointwise operations.
     """
     strides = [hint(n) for n in x.stride()]
-    order = tuple(sorted(range(x.dim()), key=lambda d: -strides[d]))
+    in_order = iter(sorted((d for d in range(x.dim()) if strides[d]), key=lambda d: -strides[d]))
+    order = tuple(next(in_order) if strides[d] else d for d in range(x.dim()))
     return () if order == tuple(range(x.dim())) else order
 
 
