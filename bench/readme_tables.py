@@ -3,7 +3,8 @@
 python -m bench.readme_tables
 
 A table stands between ``<!-- results: NAME DEVICE -->`` and ``<!-- end of results -->``, such as ``demo cpu`` and
-``speed cpu``. Beneath it is a line with the conditions of all files that it is made from.
+``speed cpu``. Beneath it is a line with the conditions of all files that it is made from. Tables of ``bench.evidence``
+are made from a folder of files.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench import bias_table, convergence_table, demo_table, patterns, saved_table, speed_table
+from bench.evidence import codebooks_table, memory_table
+from bench.evidence import convergence_table as evidence_convergence_table
 from bench.machine import CHECKOUT
 from bench.result_file import File
 
@@ -27,6 +30,12 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[File]], Iterator[str]]]] = {
     "convergence": ("convergence_{device}_.*", convergence_table.lines),
     "saved": ("saved_{device}", saved_table.lines),
     "patterns": ("patterns_{device}", patterns.lines),
+    "evidence_memory": ("evidence_{device}/memory/.*", memory_table.lines),
+    "evidence_best": ("evidence_{device}/memory/.*", memory_table.best_lines),
+    "evidence_beaten": ("evidence_{device}/memory/.*", memory_table.verdict),
+    "evidence_codebooks": ("evidence_{device}/codebooks/.*", codebooks_table.lines),
+    "evidence_convergence": ("evidence_{device}/convergence/.*", evidence_convergence_table.lines),
+    "evidence_verdict": ("evidence_{device}/convergence/.*", evidence_convergence_table.verdict_lines),
     "speed": (f"({'|'.join(speed_table.RATIOS)}).*_{{device}}", speed_table.lines),
 }
 """By name: the names of the files that a table is made from, and how."""
@@ -48,10 +57,15 @@ def _table(name: str, device: str, folder: Path) -> str:
     if name not in TABLES:
         raise ValueError(f"there is no table {name!r}; allowed is {' or '.join(TABLES)}")
     pattern, make = TABLES[name]
-    paths = sorted(path for path in folder.glob("*.json") if re.fullmatch(pattern.format(device=device), path.stem))
+    of_device = re.compile(pattern.format(device=device))
+    paths = [path for path in sorted(folder.rglob("*.json")) if of_device.fullmatch(_name(path, folder))]
     if not paths:
         raise ValueError(f"no file in {folder.name} is named {pattern.format(device=device)}.json")
     return "\n".join(make([File(path.stem, json.loads(path.read_text())) for path in paths]))
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def main() -> None:

@@ -220,7 +220,7 @@ def test_blocks_steps_and_compilations_have_rows(tmp_path: Path) -> None:
         ("<!-- results: -->\n<!-- end of results -->", "a marker is not of the form"),
         (
             "<!-- results: memory cpu -->\n<!-- end of results -->",
-            "no table 'memory'; allowed is demo or bias or convergence or saved or patterns or speed",
+            "no table 'memory'; allowed is demo or bias or convergence or saved or patterns or evidence_memory or",
         ),
         ("<!-- results: demo cuda -->\n<!-- end of results -->", "no file in .* is named demo_cuda_"),
     ],
