@@ -342,6 +342,7 @@ def test_step_of_vit() -> None:
     assert not [site for site in report.sites if site.function == "dropout"]
 
 
+@pytest.mark.slow
 def test_convergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convergence, "language_model", lambda name, lora: language_model(name, lora, layers=1))
     data = run("convergence", "--model llama --recipes exact --seeds 1 --steps 2", tmp_path)
@@ -350,6 +351,7 @@ def test_convergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain == pytest.approx(exact, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_time, "in_fresh_process", in_this_process)
     data = run("compile_time", "--layers 1 --repeats 1 --batch 1 --bits 1", tmp_path)

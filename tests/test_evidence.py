@@ -79,14 +79,10 @@ def test_errors_of_gradients_are_as_their_bits() -> None:
     assert errors["drop-ins, 3 bits"] > 0  # type: ignore[operator]
 
 
-COMPILED = [
-    "fp8 e4m3fn",
-    "default, budget 0.9",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("checkpoint", "budget 0.9")),
-]
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("checkpoint", "budget 0.9", "default, budget 0.9")]
 
 
-@pytest.mark.parametrize("name", [*COMPILED, "drop-ins, 3 bits"])
+@pytest.mark.parametrize("name", ["fp8 e4m3fn", "drop-ins, 3 bits", *SLOW])
 def test_methods_change_the_gradient_by_their_error_alone(name: str) -> None:
     method, exact, coded = METHODS[name], example(), example()
     exact.loss(exact.model(**exact.inputs)).backward()
