@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import runpy
 import sys
 
 from rich.console import Console
@@ -34,9 +34,8 @@ def main() -> None:
             table.add_row(command, about)
         Console().print(table)
         raise SystemExit(0 if name in ("", "-h", "--help") else f"there is no benchmark {name!r}")
-    module = importlib.import_module(f"bench.{name}.command" if name == "evidence" else f"bench.{name}")
     del sys.argv[1]
-    module.main()
+    runpy.run_module(f"bench.{name}", run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Needs transformers; the diffusion models need diffusers, the LoRA ones peft.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,12 @@ from torch import Tensor, nn
 
 LAYERS, WIDTH = 3, 256
 BATCH, TOKENS = 2, 256
+
+
+def quiet_libraries() -> None:
+    """What models from configurations warn of is meant so."""
+    for name in ("transformers", "diffusers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

@@ -36,30 +36,38 @@ def backend_of(name: str, **fewbit: Any) -> Backend:
     """
     if name == FEWBIT:
         return fewbit_fx.backend(**fewbit)
-    return _Budgeted() if name == BUDGETED else name
+    return WithinBudget(name, BUDGET, lookup_backend("inductor")) if name == BUDGETED else name
 
 
 def saved_bytes_within_budget(model: nn.Module, inputs: Sequence[torch.Tensor]) -> int:
     """Bytes that inductor saves for the backward with the budget, without parameters."""
     with within_budget():
-        return fewbit_fx.explain(model, *inputs, fewbit_config=_CHEAPEST).plain_bytes
+        return fewbit_fx.explain(model, *inputs, fewbit_config=fewbit_fx.FewBitConfig(**NOTHING_CODED)).plain_bytes
 
 
-_CHEAPEST = fewbit_fx.FewBitConfig(recipe="exact", masks=False, recompute=False)  # of which just torch's bytes are read
+NOTHING_CODED: Mapping[str, Any] = {"recipe": "exact", "recompute": False, "masks": False}
+"""Options with which fewbit saves what torch.compile saves."""
 
 
-class _Budgeted:
-    """Inductor with the budget, which holds for its own compilations alone, whenever they come.
+class WithinBudget:
+    """A backend with a budget, which holds for its own compilations alone, whenever they come.
 
     The setting is global, and Dynamo hands a model what it has compiled of the same code for a like backend: an object
     of its own is like no other.
+
+    Args:
+        name: What torch's messages call it.
+        budget: torch's ``activation_memory_budget``.
+        backend: Takes a graph and its inputs.
     """
 
-    __name__ = BUDGETED  # what torch's messages call the backend
+    def __init__(self, name: str, budget: float, backend: Callable[..., Any]) -> None:
+        self.__name__ = name
+        self._budget, self._backend = budget, backend
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        with within_budget():
-            return lookup_backend("inductor")(gm, example_inputs)  # type: ignore[no-any-return]
+        with activation_memory_budget(self._budget):
+            return self._backend(gm, example_inputs)  # type: ignore[no-any-return]
 
 
 def within_budget() -> AbstractContextManager[None]:

@@ -20,6 +20,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from bench.backends import NOTHING_CODED
 from bench.bias_plot import save_plot
 from bench.command import Command, count_flag, parser_of
 from bench.corpus import Corpus
@@ -33,7 +34,6 @@ from fewbit_fx.dynamo.partitioned_run import partitioned
 
 MODELS = (*LANGUAGE_MODELS, "vit")
 SEQUENCES, IMAGES, LAYERS, SEED = 4, 16, 2, 0
-_NOTHING: dict[str, Any] = {"recipe": "exact", "recompute": False, "masks": False}
 _CLASSES: dict[str, Callable[[int], dict[str, Any]]] = {
     "derivatives": lambda bits: {"derivatives": True, "bits": bits},
     "values": lambda bits: {"value_bits": bits},
@@ -92,7 +92,7 @@ def settings() -> Iterator[Setting]:
     for rounding in ROUNDINGS:
         for sites, options in _CLASSES.items():
             for bits in _BITS[sites]:
-                yield Setting(sites, bits, rounding, {**_NOTHING, **options(bits)})
+                yield Setting(sites, bits, rounding, {**NOTHING_CODED, **options(bits)})
         for recipe in RECIPES:
             yield Setting(recipe, None, rounding, {"recipe": recipe})
 

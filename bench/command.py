@@ -87,15 +87,15 @@ class Command:
         self.console.print(f"wrote {path} by [bold]{line}[/]")
 
 
-def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser with the flags of every command: --device and --output."""
+def parser_of(name: str, description: str | None, output: str = "PATH.json") -> argparse.ArgumentParser:
+    """A parser with the flags of every command: --device and --output, which help calls what is given."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=f"bench.{name}", description=description, formatter_class=formatter)
     parser.add_argument(
         "--device", type=device_flag, default=torch.device("cpu"), help="cpu or cuda (default cpu)", metavar="DEVICE"
     )
     parser.add_argument(
-        "--output", type=output_flag, default=Path(name), help=f"PATH.json (default {name})", metavar="PATH"
+        "--output", type=output_flag, default=Path(name), help=f"{output} (default {name})", metavar="PATH"
     )
     return parser
 

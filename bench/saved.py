@@ -10,7 +10,6 @@ that of the recipe "exact". Needs transformers; diffusion models need diffusers,
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, fx
 
 import fewbit_fx
-from bench.architectures import Architecture, architectures
+from bench.architectures import Architecture, architectures, quiet_libraries
 from bench.backends import BUDGET, within_budget
 from bench.command import DTYPES, Command, change, parser_of
 from bench.comparison import mebibytes
@@ -116,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and data (default bfloat16)")
     flags = parser.parse_args(arguments)
     command = Command.started("saved", arguments, flags, [f"dtype {flags.dtype}", "batch 2"])
-    for noisy in ("transformers", "diffusers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    quiet_libraries()
     rows = _rows(flags, command)
     command.finish(_table(rows), {"rows": [asdict(row) for row in rows]})
 

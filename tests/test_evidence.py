@@ -161,7 +161,7 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
 
 
 def point(method: str, held: float, time: float = 1.0, error: float = 0.0) -> Point:
-    return Point("Llama-3", method, int(held * 2**20), held, held, time, error)
+    return Point("Llama-3", method, int(held * 2**20), held, time, error)
 
 
 def test_the_frontier() -> None:
@@ -269,9 +269,9 @@ def test_the_table_of_codebooks(tmp_path: Path) -> None:
 
 def test_the_full_run_has_all_cases() -> None:
     flags = command._parser().parse_args([])
-    cases = command.Plan.of(flags).cases
-    assert len([case for case in cases if case.part == "memory"]) == len(MODELS) * len(OF_MEMORY)
-    assert {case.settings["seed"] for case in cases if case.part == "convergence"} == {0, 1, 2}
+    cases = command.cases_of(flags)
+    assert len(cases["memory"]) == len(MODELS) * len(OF_MEMORY)
+    assert {case.settings["seed"] for case in cases["convergence"]} == {0, 1, 2}
 
 
 def test_render_alone_measures_nothing(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -63,6 +64,17 @@ class Store:
     def files(self, part: str) -> list[File]:
         """All results of a part, in the order of their names."""
         return [File(path.stem, json.loads(path.read_text())) for path in sorted((self.folder / part).glob("*.json"))]
+
+
+def answer(measure: Callable[[dict[str, Any]], Any], arguments: Sequence[str] | None) -> None:
+    """Be the process of a case: print, as JSON in one line, what is measured with the settings of the command line.
+
+    Args:
+        measure: Of the part; takes the settings, returns what JSON has.
+        arguments: The command line, or None for that of the process.
+    """
+    (settings,) = sys.argv[1:] if arguments is None else arguments
+    print(json.dumps(measure(json.loads(settings))))
 
 
 def run(

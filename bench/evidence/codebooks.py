@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fewbit_fx
-from bench.evidence.cases import Case
+from bench.evidence.cases import Case, answer
 from bench.evidence.piecewise import RELU_SUMS, Piecewise, paper_levels
 from bench.measure import relative_error
 
@@ -99,8 +97,7 @@ def _exact(function: str, x: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what the command line has as JSON."""
-    (settings,) = sys.argv[1:] if arguments is None else arguments
-    print(json.dumps([asdict(row) for row in measure(**json.loads(settings))]))
+    answer(lambda settings: [asdict(row) for row in measure(**settings)], arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Measure memory, speed, error and convergence of every method, or what of it is not there yet, and draw it.
 
 python -m bench evidence --quick
-python -m bench evidence --models Llama-3 ViT --tasks "CoLA, full" --data DIR
+python -m bench evidence --models Llama-3 ViT --tasks CoLA --data DIR
 
 Each case has a process and a JSON file of its own in the output's folder, so that Ctrl-C, or a machine that goes away,
 costs one case: the same command goes on where it was. Tables and plots are made from the files, at the end and with
@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from bench.command import DTYPES, Command, count_flag, parser_of, seconds_flag
@@ -60,27 +59,14 @@ PLOTS: Mapping[str, Callable[[Path, Sequence[File]], None]] = {
 }
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is asked for.
-
-    Attributes:
-        cases: All, whether they have been measured or not.
-        jobs: Trainings at a time.
-    """
-
-    cases: Sequence[Case]
-    jobs: int
-
-    @classmethod
-    def of(cls, flags: argparse.Namespace) -> Plan:
-        """What the flags ask for."""
-        parts = {
-            "codebooks": lambda: [codebooks.case(_QUICK_BITS) if flags.quick else codebooks.case()],
-            "memory": lambda: list(_memory_cases(flags)),
-            "convergence": lambda: _convergence_cases(flags),
-        }
-        return cls([case for name in flags.parts for case in parts[name]()], flags.jobs)
+def cases_of(flags: argparse.Namespace) -> dict[str, list[Case]]:
+    """What the flags ask for, by part, whether it has been measured or not."""
+    parts = {
+        "codebooks": lambda: [codebooks.case(_QUICK_BITS) if flags.quick else codebooks.case()],
+        "memory": lambda: list(_memory_cases(flags)),
+        "convergence": lambda: _convergence_cases(flags),
+    }
+    return {name: make() for name, make in parts.items() if name in flags.parts}
 
 
 def _memory_cases(flags: argparse.Namespace) -> Iterator[Case]:
@@ -115,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags.output.mkdir(exist_ok=True)
     command = Command.started("evidence", arguments, flags, [f"dtype {flags.dtype}"])
     store = Store(flags.output)
-    failures = [] if flags.render else _measure(Plan.of(flags), store, command, flags.data)
+    failures = [] if flags.render else _measure(flags, store, command)
     for path in render(store, flags.output):
         command.console.print(f"wrote {path}")
     for failure in failures:
@@ -124,15 +110,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def _measure(plan: Plan, store: Store, command: Command, data: Path | None) -> list[str]:
+def _measure(flags: argparse.Namespace, store: Store, command: Command) -> list[str]:
     """One part after the other; times are taken by one process alone. Returns what failed."""
-    environment = {DATA: str(data.absolute())} if data is not None else {}
+    environment = {DATA: str(flags.data.absolute())} if flags.data is not None else {}
+    parts = cases_of(flags)
     failures: list[str] = []
-    with command.progress(len(plan.cases)) as show:
+    with command.progress(sum(map(len, parts.values()))) as show:
         done = 0
-        for part in PARTS:
-            cases = [case for case in plan.cases if case.part == part]
-            jobs = plan.jobs if part == "convergence" else 1
+        for part, cases in parts.items():
+            jobs = flags.jobs if part == "convergence" else 1
             failures += run(cases, store, command.about, jobs, environment, lambda name, i, n=done: show(name, n + i))
             done += len(cases)
     return failures
@@ -156,7 +142,7 @@ def render(store: Store, folder: Path) -> Iterator[Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("evidence", __doc__)
+    parser = parser_of("evidence", __doc__, output="a folder")
     add = parser.add_argument
     add("--quick", action="store_true", help="small models and few cases, minutes on two cores")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help=f"of {', '.join(PARTS)} (default all)")

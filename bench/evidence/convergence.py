@@ -8,10 +8,8 @@ torch.compile has a part in. Validation is by plain PyTorch, the same code for e
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.evidence.cases import Case
+from bench.evidence.cases import Case, answer
 from bench.evidence.gradient_error import GradientError
 from bench.evidence.methods import METHODS, REFERENCE, Method
 from bench.evidence.tasks import DATA, TASKS
@@ -178,8 +176,7 @@ def quick_cases(device: str = "cpu") -> list[Case]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the settings say, which are the one argument, as JSON; print the result in a line."""
-    (settings,) = sys.argv[1:] if arguments is None else arguments
-    print(json.dumps(measure(json.loads(settings))))
+    answer(measure, arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from bench.architectures import Example
 from bench.evidence.methods import METHODS, REFERENCE, Method
 from bench.measure import flat_gradient, relative_error
 from fewbit_fx.passes.partitioner import FewBitPartitioner
-from fewbit_fx.torch_private.inductor import CustomPartitionerFn, min_cut_rematerialization_partition, partition_only
+from fewbit_fx.torch_private.inductor import partition_only
 
 
 def first_gradient_error(build: Callable[[], Example], method: Method, seed: int) -> float | None:
@@ -50,17 +50,7 @@ def _partitioned(model: nn.Module, method: Method) -> Callable[..., Any]:
     return torch.compile(model, backend=backend, dynamic=False)
 
 
-def _partitioner(method: Method) -> CustomPartitionerFn:
+def _partitioner(method: Method) -> FewBitPartitioner | None:
     if method.options is None:
-        return _MinCut()
-    return FewBitPartitioner(fewbit_fx.FewBitConfig(**method.options), lambda record: None)
-
-
-class _MinCut(CustomPartitionerFn):
-    """torch.compile's own partitioner."""
-
-    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
-        return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-
-    def uuid(self) -> None:
         return None
+    return FewBitPartitioner(fewbit_fx.FewBitConfig(**method.options), lambda record: None)

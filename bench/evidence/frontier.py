@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.evidence.methods import METHODS, REFERENCE
+from bench.evidence.models import MODELS
 from bench.result_file import File
 
 NOISE = 0.03
@@ -20,7 +21,6 @@ class Point:
         model, method: Which.
         held_bytes: Held by the allocator from forward to backward.
         held: The same as a share of the reference's.
-        peak: Of a step, as a share of the reference's.
         time: Of a step, over the reference's.
         error: Relative error of the first gradient; 0 where a method is exact.
     """
@@ -29,7 +29,6 @@ class Point:
     method: str
     held_bytes: int
     held: float
-    peak: float
     time: float
     error: float
 
@@ -45,20 +44,20 @@ class Point:
 
 
 def points(files: Iterable[File]) -> dict[str, list[Point]]:
-    """By model, in the order of the methods' table; models without the reference are left out."""
+    """By model, models and methods in the order of their tables; models without the reference are left out."""
     results = {(f.data["settings"]["model"], f.data["settings"]["method"]): f.data["result"] for f in files}
     return {
         model: [_point(model, name, results) for name in METHODS if (model, name) in results]
-        for model in dict.fromkeys(model for model, _ in results)
+        for model in MODELS
         if (model, REFERENCE) in results
     }
 
 
 def _point(model: str, method: str, results: dict[tuple[str, str], dict]) -> Point:  # type: ignore[type-arg]
     own, plain = results[model, method], results[model, REFERENCE]
-    held, peak = (own["memory"][key] / plain["memory"][key] for key in ("held_bytes", "peak_bytes"))
-    error = own["gradient_error"] or 0.0
-    return Point(model, method, own["memory"]["held_bytes"], held, peak, own["timing"]["ratio"], error)
+    held = own["memory"]["held_bytes"]
+    share = held / plain["memory"]["held_bytes"]
+    return Point(model, method, held, share, own["timing"]["ratio"], own["gradient_error"] or 0.0)
 
 
 def frontier(of_a_model: Sequence[Point]) -> list[Point]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bench.backends import NOTHING_CODED
 from bench.evidence.methods import METHODS, Method
 from bench.evidence.tasks.task import Batch
 from bench.measure import relative_error
@@ -16,7 +17,7 @@ from fewbit_fx.dynamo.listener import Listener
 from fewbit_fx.dynamo.partitioned_run import partitioned, undisturbed
 
 Loss = Callable[[Callable[..., object], Batch], Tensor]
-_EXACT = FewBitConfig(recipe="exact", recompute=False, masks=False)
+_EXACT = FewBitConfig(**NOTHING_CODED)
 
 
 class GradientError:

@@ -6,9 +6,6 @@ that has compiled nothing else. Times are against torch.compile's default, in tu
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.architectures import Example
-from bench.evidence.cases import Case
+from bench.architectures import Example, quiet_libraries
+from bench.evidence.cases import Case, answer
 from bench.evidence.first_gradient import first_gradient_error
 from bench.evidence.methods import METHODS, REFERENCE, Method
 from bench.evidence.models import Scale, built
@@ -100,12 +97,10 @@ def measure(settings: dict[str, Any]) -> Result:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the case that the command line has as JSON."""
-    (settings,) = sys.argv[1:] if arguments is None else arguments
     warnings.simplefilter("ignore")
-    for noisy in ("transformers", "diffusers"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    quiet_libraries()
     keep_freed_memory()
-    print(json.dumps(asdict(measure(json.loads(settings)))))
+    answer(lambda settings: asdict(measure(settings)), arguments)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from matplotlib.colors import LogNorm
 
 from bench.evidence.frontier import Point, frontier, points
 from bench.evidence.methods import METHODS
-from bench.evidence.models import MODELS
 from bench.result_file import File, measured_with
 
 _COLUMNS = 3
@@ -26,16 +25,10 @@ _EXACT = "#1f6f43"
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">", "h")
 
 
-def save_plot(path: Path, files: Sequence[File], models: Sequence[str] | None = None) -> None:
-    """Draw each model's methods: bytes held from forward to backward against time, into a PNG.
-
-    Args:
-        path: Of the picture.
-        files: Of the part ``memory``.
-        models: Those that are drawn; all that have been measured with more than three methods where it is None.
-    """
+def save_plot(path: Path, files: Sequence[File]) -> None:
+    """Draw into a PNG bytes held against time, of models that have been measured with more than three methods."""
     found = points(files)
-    chosen = models or [name for name in MODELS if len(found.get(name, [])) > 3]
+    chosen = [name for name, of_a_model in found.items() if len(of_a_model) > 3]
     columns = min(_COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
     size = 3.6 * columns + 1.8, 3.3 * rows + 0.6

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from bench.comparison import mebibytes
 from bench.evidence.frontier import NOISE, Point, frontier, points
 from bench.evidence.methods import METHODS, REFERENCE
-from bench.evidence.models import MODELS
 from bench.result_file import File, markdown, measured_with
 
 SMALL_ERROR = 0.02
@@ -18,7 +17,7 @@ SLOWER = 0.05
 
 def lines(files: Sequence[File]) -> Iterator[str]:
     """A row for each method, a column for each model that has been measured with it."""
-    found = _in_order(points(files))
+    found = points(files)
     head = ["bytes held, time, error", *found]
     yield from markdown(head, *_rows(found))
     settings = files[0].data["settings"]
@@ -41,10 +40,6 @@ def _sizes(settings: dict) -> str:  # type: ignore[type-arg]
     )
 
 
-def _in_order(found: dict[str, list[Point]]) -> dict[str, list[Point]]:
-    return {name: found[name] for name in MODELS if name in found}
-
-
 def _rows(found: dict[str, list[Point]]) -> Iterator[list[str]]:
     by_place = {(point.model, point.method): point for each in found.values() for point in each}
     best = {(point.model, point.method) for each in found.values() for point in frontier(each)}
@@ -65,8 +60,8 @@ def _cell(point: Point | None, is_beaten: bool = False) -> str:
 
 
 def best_lines(files: Sequence[File]) -> Iterator[str]:
-    """A row for each model: the fewest bytes under three conditions, whoever has them."""
-    found = _in_order(points(files))
+    """A row for each model: the fewest bytes under each of several conditions, whoever has them."""
+    found = points(files)
     conditions = {
         "exact, no slower": lambda p: p.error == 0 and p.time <= 1 + SLOWER,
         f"error below {100 * SMALL_ERROR:.0f} %, no slower": lambda p: p.error < SMALL_ERROR and p.time <= 1 + SLOWER,
@@ -91,7 +86,7 @@ def _winner(allowed: Sequence[Point]) -> str:
 
 def verdict(files: Sequence[File]) -> Iterator[str]:
     """A line for each model: which of fewbit's methods are beaten, and by what."""
-    for model, each in _in_order(points(files)).items():
+    for model, each in points(files).items():
         others = [point for point in each if not point.is_ours]
         beaten = {ours.method: [other.method for other in others if other.beats(ours)] for ours in each if ours.is_ours}
         told = [f"`{ours}` by {', '.join(f'`{name}`' for name in names)}" for ours, names in beaten.items() if names]

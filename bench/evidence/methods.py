@@ -7,19 +7,18 @@ checkpoints around blocks, and Inductor's own fp8 codes of what is saved.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fewbit_fx
+from bench.backends import Backend, WithinBudget
 from fewbit_fx.torch_private.inductor import activation_memory_budget, compile_with_inductor
-
-Backend = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -63,27 +62,15 @@ class Method:
         return torch.compile(model, backend=self.backend(), dynamic=False) if self.compiled else model  # type: ignore
 
     def backend(self) -> Backend:
-        """What torch.compile is to be given as its backend: an object of its own, for Dynamo shares what is alike."""
-        return _Backend(self)
+        """What torch.compile is to be given as its backend, an object of its own."""
+        if self.options is not None:
+            return WithinBudget(self.name, self.budget, fewbit_fx.backend(**self.options))
+        inductor = functools.partial(compile_with_inductor, partitioner=None, mode=None, options=dict(self.inductor))
+        return WithinBudget(self.name, self.budget, inductor)
 
     def settings(self) -> AbstractContextManager[None]:
         """Where torch's global settings are this method's."""
-        return activation_memory_budget(self.budget) if self.budget < 1 else nullcontext()
-
-
-class _Backend:
-    """A method's backend, with the method's global settings during its own compilations alone."""
-
-    def __init__(self, method: Method) -> None:
-        self.__name__ = method.name  # what torch's messages call the backend
-        self._method = method
-        self._fewbit = None if method.options is None else fewbit_fx.backend(**method.options)
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
-        with self._method.settings():
-            if self._fewbit is not None:
-                return self._fewbit(gm, example_inputs)  # type: ignore[no-any-return]
-            return compile_with_inductor(gm, example_inputs, None, None, dict(self._method.inductor))
+        return activation_memory_budget(self.budget)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

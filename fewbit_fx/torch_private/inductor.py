@@ -199,14 +199,14 @@ class GraphRun(fx.Interpreter):
 def partition_only(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    partitioner: CustomPartitionerFn,
+    partitioner: CustomPartitionerFn | None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Take a graph through AOTAutograd and the partition as Inductor would, and run it by plain ATen operations.
 
     Args:
         gm, example_inputs: As a backend is given them.
-        partitioner: In place of torch's own.
+        partitioner: In place of torch's own; None for that.
         options: Of Inductor, that decide what torch's own partition saves.
     """
     from torch._inductor.compile_fx import compile_fx
