@@ -3,6 +3,7 @@
 # make test-all   the slow ones too: more cases of what the others test, and whole examples
 # make fuzz       2,000 random models (FUZZ=200 make fuzz: fewer)
 # make lint       ruff and mypy
+# make docs       the site of docs/ and of the docstrings, in build/site
 # make results    the README's tables, made anew from bench/results (measures nothing)
 # Another torch: TORCH=2.15.0 make test (in a virtual environment of its own)
 
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 FLAGS ?=
 FUZZ ?= 2000
 
-.PHONY: demo test test-all fuzz lint results
+.PHONY: demo test test-all fuzz lint docs results build/installed
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -32,13 +33,19 @@ fuzz: $(VENV)/installed
 results: $(VENV)/installed
 	$(BIN)/python -m bench.readme_tables
 
-# Types are checked on the packages as they are installed, where passes/ is fewbit_fx.passes.
-lint: $(VENV)/installed
+lint: $(VENV)/installed build/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/installed .
 	cd build/installed && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p fewbit_fx
+
+docs: $(VENV)/installed build/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+# The packages as they are installed, where passes/ is fewbit_fx.passes: types are checked on them, docstrings read.
+build/installed: $(VENV)/installed
+	rm -rf build/installed build/lib
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/installed .
 
 # torch comes first and alone, so that nothing else chooses its version.
 $(VENV)/environment: requirements-dev.txt

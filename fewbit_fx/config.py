@@ -93,7 +93,7 @@ class FewBitConfig:
         TypeError: An option of the wrong type; the message names option, value and what is allowed.
         ValueError: An option outside its range; likewise.
 
-    Example:
+    Examples:
         >>> from fewbit_fx import FewBitConfig
         >>> FewBitConfig(bits=2).updated({"skip": "head"}).skip
         ('head',)

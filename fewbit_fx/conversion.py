@@ -58,7 +58,7 @@ def convert(
     Raises:
         TypeError, ValueError: ``bits``, ``levels`` or ``recipe`` is not allowed.
 
-    Example:
+    Examples:
         >>> import torch, fewbit_fx
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
         >>> fewbit_fx.convert(model, bits=2)

@@ -62,7 +62,7 @@ def selu(input: Tensor, inplace: bool = False, *, bits: int = _BITS, levels: str
 def gelu(input: Tensor, approximate: str = "none", *, bits: int = _BITS, levels: str = _LEVELS) -> Tensor:
     """:func:`torch.nn.functional.gelu`, exact (``"none"``) or by ``"tanh"``.
 
-    Example:
+    Examples:
         >>> import torch, fewbit_fx
         >>> x = torch.linspace(-3, 3, 1024, requires_grad=True)
         >>> y = fewbit_fx.functional.gelu(x, bits=2)

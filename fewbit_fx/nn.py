@@ -52,7 +52,7 @@ class Pointwise(_FewBit):
         NotCodableError: A ValueError: the derivative is unbounded, undefined or constant.
         ValueError: The function fails on a float64 tensor, or is not pointwise; or an option is not allowed.
 
-    Example:
+    Examples:
         >>> import torch, fewbit_fx
         >>> snake = fewbit_fx.nn.Pointwise(lambda x: x + torch.sin(x) ** 2, bits=2)
         >>> snake(torch.zeros(3))
@@ -129,7 +129,7 @@ class SELU(_FewBit, nn.SELU):
 class GELU(_FewBit, nn.GELU):
     """:class:`torch.nn.GELU`.
 
-    Example:
+    Examples:
         >>> import torch, fewbit_fx
         >>> fewbit_fx.nn.GELU(approximate="tanh", bits=2)
         GELU(approximate='tanh', bits=2)

@@ -226,3 +226,9 @@ def test_examples_of_docstrings(name: str) -> None:
 @pytest.mark.parametrize("name", ["backend", "bisect", "codebook", "convert", "explain", "last_report", "FewBitConfig"])
 def test_what_users_call_has_an_example(name: str) -> None:
     assert any(example.endswith(f".{name}") for example in EXAMPLES)
+
+
+def test_the_reference_has_all_that_is_public() -> None:
+    """Names that do not exist fail `make docs`."""
+    named = re.findall(r"^::: fewbit_fx\.(\w+)", (ROOT / "docs/api.md").read_text(), re.M)
+    assert set(fewbit_fx.__all__) - {"__version__"} <= set(named)

@@ -73,7 +73,7 @@ class Normal:
         mean: The mean of x.
         std: Standard deviation of x, above 0.
 
-    Example:
+    Examples:
         >>> import fewbit_fx
         >>> narrow, wide = (fewbit_fx.density.Normal(0, std) for std in (0.01, 2))
         >>> [round(level, 2) for level in fewbit_fx.codebook("gelu", 1, narrow).levels]

@@ -30,7 +30,7 @@ def codebook(function: str | Pointwise, bits: int, density: Density | Tensor | s
             also takes a derivative that is unbounded elsewhere.
         ValueError, TypeError: An unknown name, a function that is not pointwise, or a bad option.
 
-    Example:
+    Examples:
         >>> import torch, fewbit_fx
         >>> book = fewbit_fx.codebook("gelu", 1)
         >>> [round(level, 3) for level in book.levels], round(book.relative_error, 2)

@@ -68,7 +68,7 @@ def bisect(
         ValueError: The check fails even where every site is left exact: then it is not fewbit's codes.
         TypeError, ValueError: An unknown option, or one with a value that is not allowed.
 
-    Example:
+    Examples:
         >>> import torch, fewbit_fx
         >>> def is_good(backend):
         ...     torch.manual_seed(0)

@@ -28,7 +28,7 @@ def explain(model: Callable[..., Any], *args: Any, fewbit_config: FewBitConfig |
     Returns:
         The report; it prints as a table and has ``to_dict()``.
 
-    Example:
+    Examples:
         >>> import torch, fewbit_fx
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
         >>> model = model.requires_grad_(False)  # what trains is before it

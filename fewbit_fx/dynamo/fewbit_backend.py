@@ -102,7 +102,7 @@ def last_report() -> Report:
     Layers that are compiled one by one are models of their own, of which those that share compiled code count once.
     Empty before the first forward that requires gradients.
 
-    Example:
+    Examples:
         >>> import torch, fewbit_fx
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
         >>> compiled = torch.compile(model, backend="fewbit")
@@ -132,7 +132,7 @@ def backend(
     Raises:
         TypeError, ValueError: An unknown option, or one with a value that is not allowed.
 
-    Example:
+    Examples:
         >>> import torch, fewbit_fx
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
         >>> backend = fewbit_fx.backend(value_bits=4, mode="max-autotune-no-cudagraphs")

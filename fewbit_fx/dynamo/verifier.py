@@ -135,7 +135,7 @@ def verify(
         TypeError: The loss is no scalar tensor.
         ValueError: No parameter gets a gradient, or FSDP has sharded the model.
 
-    Example:
+    Examples:
         >>> import torch, fewbit_fx
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.GELU(), torch.nn.Linear(256, 8))
         >>> x, y = torch.randn(128, 32), torch.randn(128, 8)
@@ -187,7 +187,8 @@ class Watch:
         model: The module that trains, compiled or not.
         every: Steps from one measurement to the next; the first step is measured.
         bound: Of the error, as a share of the noise between batches (of the gradient, where that is not known).
-        loss, fewbit_config: As of :func:`verify`; the batch is what it is called with.
+        loss: As of :func:`verify`; the batch is what it is called with.
+        fewbit_config: Other options than the default.
 
     Attributes:
         history: The step, counted from 0, and what was found, of each measurement.
@@ -223,7 +224,8 @@ class Watch:
 
         Args:
             step: Its number, for the history and the warning.
-            args, kwargs: The batch.
+            args: The batch.
+            kwargs: The rest of the batch, by names.
         """
         found = verify(self._model, *args, loss=self._loss, fewbit_config=self._config, **kwargs)
         self.history.append((step, found))
