@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .graph import aten, descendants, is_local, prims, tangents, value_of
 from .original_names import note_names, with_original_names
 from .partition import Partition
 from .splice import copy_module
+from .written_inputs import readers, written_inputs
 
 _LOOKUP = prims.inductor_lookup_seed.default  # tagged as if it drew numbers
 _MARK = "fewbit_marked"  # key of a node's metadata while a graph is cut
@@ -32,8 +33,10 @@ _GATHERING = frozenset({aten.index.Tensor, aten.gather.default, aten.embedding.d
 def own_cut(gm: fx.GraphModule, joint_inputs: Sequence[object], alive: tuple[int, ...], **kwargs: Any) -> Partition:
     """Cut a joint graph as torch.compile does. It is left without duplicates.
 
-    Under a budget torch draws random numbers anew in the backward: dropout then has two masks (pytorch 190717). Here
-    they are saved, or the seeds that they are made of.
+    It differs from torch's where torch's gradient is wrong. Under a budget torch draws random numbers anew in the
+    backward: dropout then has two masks (pytorch 190717). Here they are saved, or the seeds that they are made of. And
+    where the graph writes to an input, torch may save that input, and compute again from it what the forward has
+    computed before it was written to (pytorch 197039). Here what was computed is saved.
 
     Args:
         gm: The joint graph.
@@ -42,6 +45,7 @@ def own_cut(gm: fx.GraphModule, joint_inputs: Sequence[object], alive: tuple[int
         **kwargs: What Inductor passes to a partitioner.
     """
     note_names(gm.graph)
+    _keep_out(gm.graph, written_inputs(gm.graph))
     drawn = _mark_drawn_numbers(gm.graph) if has_a_budget(gm.graph) else False
     with no_budget_of_zero() if drawn else contextlib.nullcontext():
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
@@ -51,13 +55,21 @@ def own_cut(gm: fx.GraphModule, joint_inputs: Sequence[object], alive: tuple[int
 
 
 def leaner_cuts(
-    gm: fx.GraphModule, joint_inputs: Sequence[object], alive: tuple[int, ...], **kwargs: Any
+    gm: fx.GraphModule,
+    joint_inputs: Sequence[object],
+    alive: tuple[int, ...],
+    kept_out: Collection[int] = (),
+    **kwargs: Any,
 ) -> Iterator[tuple[Partition, fx.Graph]]:
     """Cut a joint graph with torch's own algorithm, which may compute every cheap operation again.
 
     Cheap is what computes each element from few others: pointwise operations, views and copies. Matrix products,
     convolutions, attention, reductions, random numbers and what is not known are kept: a mask of dropout then takes
-    a bit. The arguments are those of :func:`own_cut`, and the graph is used up.
+    a bit. The graph is used up.
+
+    Args:
+        gm, joint_inputs, alive, **kwargs: As of :func:`own_cut`.
+        kept_out: Positions of inputs from which the backward computes nothing again.
 
     Yields:
         Each cut with its joint graph, but for one whose backward would draw random numbers anew all the same. There
@@ -69,6 +81,7 @@ def leaner_cuts(
     choices = [None] if has_a_budget(gm.graph) else _choices(gm.graph)
     for i, again in enumerate(choices):
         uncut = gm if i == len(choices) - 1 else copy_module(gm)  # a cut changes its graph
+        _keep_out(uncut.graph, kept_out)
         if again:
             _mark(uncut.graph, again)
         with cheap_recomputation(all_unmarked=again is not None):
@@ -81,6 +94,15 @@ def _choices(graph: fx.Graph) -> Sequence[Callable[[fx.Node], bool]]:
     """Which cheap operations torch's rules are not asked about: one choice, or two where they differ."""
     differ = any(_is_wider_copy(n) and not _has_more_than_its_source(n) for n in graph.nodes)
     return [_is_wider_copy, _has_more_than_its_source] if differ else [_is_wider_copy]
+
+
+def _keep_out(graph: fx.Graph, inputs: Collection[int]) -> None:
+    """Save what is computed from some inputs, rather than compute it again from them."""
+    gradients = descendants(tangents(graph)) if inputs else set()
+    for node in readers(graph, inputs):
+        if node.op == "call_function" and node not in gradients and not node.meta.get("recompute"):
+            for part in _parts(node):
+                part.meta |= {"recompute": CheckpointPolicy.MUST_SAVE, _MARK: True}
 
 
 def _mark(graph: fx.Graph, again: Callable[[fx.Node], bool]) -> None:
@@ -109,12 +131,16 @@ def _mark_drawn_numbers(graph: fx.Graph) -> bool:
         if node.op != "call_function" or not _draws_numbers(node) or node.meta.get("recompute"):
             continue
         if argument(node, "dropout_p") != 0:  # attention is tagged where it drops nothing, too
-            parts = [node] if isinstance(value_of(node), Tensor) else list(node.users)  # a tuple is not saved whole
-            for part in parts:
+            for part in _parts(node):
                 if part not in gradients:
                     part.meta |= {"recompute": CheckpointPolicy.MUST_SAVE, _MARK: True}
                     marked = True
     return marked
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operation makes: a tuple of them is not saved whole."""
+    return [node] if isinstance(value_of(node), Tensor) else list(node.users)
 
 
 def _unmark(graph: fx.Graph) -> None:

@@ -19,7 +19,7 @@ from torch import fx
 import fewbit_fx
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.torch_private.inductor import CustomPartitionerFn, bypass_caches, donate_nothing
-from fewbit_fx.torch_private.inputs import are_described, living_inputs
+from fewbit_fx.torch_private.inputs import LivingInputs, are_described, living_inputs
 
 from .cuts import leaner_cuts, own_cut
 from .faults import GRAPH_EXACT, NO_REPORT, Faults, stage
@@ -29,8 +29,10 @@ from .pipeline import Work, require_pass_names, run_passes
 from .reasons import Cause, Reason
 from .record import GraphRecord, graph_record, unexamined_record
 from .representations import Proposal
-from .results import can_be_kept_apart, keep_apart
+from .shared_with_caller import can_be_kept_apart, inputs_not_to_read, keep_apart
 from .splice import copy_module
+
+_NONE = LivingInputs()
 
 
 class FewBitPartitioner(CustomPartitionerFn):
@@ -41,7 +43,7 @@ class FewBitPartitioner(CustomPartitionerFn):
     Args:
         config: The options.
         record: Called with one :class:`GraphRecord` per partitioned graph.
-        kept_inputs: Positions of the inputs of Dynamo's graph that live on whatever it saves.
+        kept_inputs: The inputs of Dynamo's graph that live on whatever it saves.
         proposals: Representations beside our own, asked first.
         observe: Called with what the passes found out of each graph. It must change nothing of it.
         modules: The paths of the modules in Dynamo's graph. The option ``skip`` and the reports go by them, and torch's
@@ -52,7 +54,7 @@ class FewBitPartitioner(CustomPartitionerFn):
         self,
         config: FewBitConfig,
         record: Callable[[GraphRecord], None],
-        kept_inputs: tuple[int, ...] = (),
+        kept_inputs: LivingInputs = _NONE,
         proposals: Sequence[Proposal] = (),
         observe: Callable[[Work], None] | None = None,
         modules: Sequence[str] = (),
@@ -71,18 +73,19 @@ class FewBitPartitioner(CustomPartitionerFn):
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         """The forward and the backward graph. Called by Inductor with AOTAutograd's joint graph."""
         faults, uncut = Faults(self._config.strict), None
-        alive = static = tuple(kwargs.get("static_lifetime_input_indices") or ())
+        static = tuple(kwargs.get("static_lifetime_input_indices") or ())
+        living = LivingInputs(static)
         with faults.of("the look at the joint graph's inputs", GRAPH_EXACT):
-            alive = living_inputs(gm.graph, static, self._kept_inputs)
+            living = living_inputs(gm.graph, static, self._kept_inputs)
         if self._config.recompute:
             with faults.of("the copy of the joint graph", GRAPH_EXACT):
                 uncut = copy_module(gm)  # a cut changes its graph
-        plain = own_cut(gm, joint_inputs, alive, **kwargs)
+        plain = own_cut(gm, joint_inputs, living.positions, **kwargs)
         with faults.of("the look at the joint graph's inputs", GRAPH_EXACT):
             if not are_described(gm.graph):
                 # Those that the cut saves may live anyway, so a code is no gain; others may not, so to save is a loss.
-                alive = plain.saved_inputs()
-                plain = replace(plain, static_inputs=alive)
+                living = LivingInputs(others=plain.saved_inputs())
+                plain = replace(plain, static_inputs=living.positions)
         with faults.of("the names in the cut", GRAPH_EXACT):
             plain = with_original_names(plain, gm.graph)
         started = time.perf_counter()
@@ -92,9 +95,10 @@ class FewBitPartitioner(CustomPartitionerFn):
                 cuts = {plain: gm.graph}
                 if uncut:
                     with stage("the leaner cuts"):
-                        leaner = leaner_cuts(uncut, joint_inputs, alive, **kwargs)
-                        cuts |= {cut: joint for cut, joint in leaner if can_be_kept_apart(cut, plain)}
-                compressed = self._compress(cuts, plain, faults)
+                        kept_out = inputs_not_to_read(plain, living)
+                        leaner = leaner_cuts(uncut, joint_inputs, living.positions, kept_out, **kwargs)
+                        cuts |= {cut: joint for cut, joint in leaner if can_be_kept_apart(cut, plain, living)}
+                compressed = self._compress(cuts, plain, living, faults)
         chosen, record = compressed or (plain, None)
         with faults.of("the report", NO_REPORT):
             if record is None:
@@ -135,13 +139,14 @@ class FewBitPartitioner(CustomPartitionerFn):
         return None
 
     def _compress(
-        self, cuts: Mapping[Partition, fx.Graph], plain: Partition, faults: Faults
+        self, cuts: Mapping[Partition, fx.Graph], plain: Partition, living: LivingInputs, faults: Faults
     ) -> tuple[Partition, GraphRecord]:
         """The partition that saves the fewest bytes, and its record.
 
         Args:
             cuts: Each with its joint graph as the cut left it: without duplicates, with the names of the cut's graphs.
             plain: torch.compile's own cut.
+            living: The inputs that live anyway.
             faults: Where a fault of single sites is added.
         """
         works = [Work(joint, cut, cut, self._config, self._proposals) for cut, joint in cuts.items()]
@@ -151,8 +156,8 @@ class FewBitPartitioner(CustomPartitionerFn):
                 self._observe(work)
         with stage("the record"):  # without it the report would not say what is not exact
             record = graph_record(plain, work, seconds)
-        with stage("the copies of results"):
-            keep_apart(work.chosen, plain)
+        with stage("the copies of results and inputs"):
+            keep_apart(work.chosen, plain, living)
         with stage("the donation of saved tensors"):
             # Or a backward with retain_graph=True would raise that works with inductor.
             if work.chosen.is_donated_in_part() and not plain.is_donated_in_part():

@@ -122,7 +122,7 @@ def in_modules() -> dict[str, tuple[Any, str, str, str]]:
         "record": (partitioner, "graph_record", "the record", EXACT),
         "living inputs": (partitioner, "living_inputs", "the look at the joint graph's inputs", EXACT),
         "names": (partitioner, "with_original_names", "the names in the cut", EXACT),
-        "copies of results": (partitioner, "keep_apart", "the copies of results", EXACT),
+        "copies of results": (partitioner, "keep_apart", "the copies of results and inputs", EXACT),
         "donation": (Partition, "is_donated_in_part", "the donation of saved tensors", EXACT),
         "encode and decode": (rewrite, "trace", "the pass 'rewrite'", r"left \d sites of a graph exact"),
         "inputs": (fewbit_backend, "kept_by_their_makers", "the look at Dynamo's graph", EXACT),

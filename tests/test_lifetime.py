@@ -21,7 +21,7 @@ from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.reporting.words import action
 from fewbit_fx.torch_private.inductor import partition_only
-from fewbit_fx.torch_private.inputs import kept_by_their_makers
+from fewbit_fx.torch_private.inputs import LivingInputs, kept_by_their_makers
 
 PLAIN = fewbit_fx.FewBitConfig(recipe="derivatives", derivatives=False, masks=False, strict=True)
 
@@ -174,9 +174,9 @@ def test_hooks_on_what_was_saved_are_not_run() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, fail):
         x = torch.tanh(torch.randn(4, 4, requires_grad=True))
     gm = fx.symbolic_trace(lambda x: x)
-    assert kept_by_their_makers(gm, [x]) == ()
+    assert kept_by_their_makers(gm, [x]) == LivingInputs()
     kept = torch.tanh(torch.randn(4, 4, requires_grad=True))
-    assert kept_by_their_makers(gm, [1, kept, kept.view(-1), kept + 1, kept.detach()]) == (1, 2)
+    assert kept_by_their_makers(gm, [1, kept, kept.view(-1), kept + 1, kept.detach()]) == LivingInputs(others=(1, 2))
 
 
 def test_an_expanded_tensor_counts_with_its_own_storage() -> None:

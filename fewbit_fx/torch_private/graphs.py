@@ -21,6 +21,7 @@ __all__ = [
     "inductor_decompositions",
     "make_graph_module",
     "trace_for_all_shapes",
+    "written_arguments",
 ]
 
 
@@ -62,6 +63,15 @@ def argument(node: fx.Node, name: str) -> Any:
         if known.name == name:
             return node.args[i] if i < len(node.args) else node.kwargs.get(name, known.default_value)
     return None
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operation writes to."""
+    if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+        return []
+    names = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    found = [argument(node, name) for name in names]
+    return [n for n in found if isinstance(n, fx.Node)]
 
 
 def inductor_decompositions() -> Mapping[Any, Callable[..., Any]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 # Where AOTAutograd says of each input of its graphs what it was before.
 from torch._functorch._aot_autograd.descriptors import BufferAOTInput, ParamAOTInput, PlainAOTInput
@@ -16,8 +17,27 @@ _DESCRIPTION = "desc"  # key of a placeholder's metadata
 _OUTER = ("base", "base_of")  # of a description: that of the wrapper of which an input is a part, or of its view
 
 
-def living_inputs(joint: fx.Graph, static: Collection[int], kept: Collection[int]) -> tuple[int, ...]:
-    """Positions of a joint graph's inputs that live on whatever the graph saves.
+@dataclass(frozen=True)
+class LivingInputs:
+    """The inputs of a graph that live on whatever it saves.
+
+    Attributes:
+        parameters: Positions of parameters, and of other leaves of which a gradient is asked.
+        others: Positions of buffers, and of what another graph keeps. Unlike parameters, they may well be written to
+            between forward and backward, as the codebook of a vector quantiser is.
+    """
+
+    parameters: tuple[int, ...] = ()
+    others: tuple[int, ...] = ()
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """All of them, ascending."""
+        return tuple(sorted({*self.parameters, *self.others}))
+
+
+def living_inputs(joint: fx.Graph, static: Collection[int], kept: LivingInputs) -> LivingInputs:
+    """The inputs of a joint graph that live on whatever the graph saves.
 
     Args:
         joint: The joint graph.
@@ -27,15 +47,17 @@ def living_inputs(joint: fx.Graph, static: Collection[int], kept: Collection[int
             DTensor as inputs, nor what AOTAutograd puts before them.
     """
     inputs = joint.find_nodes(op="placeholder")
-    found: set[int] = set()
+    parameters, others = set(), set()
     for i, node in enumerate(inputs):
         origin = _origin(node.meta.get(_DESCRIPTION))
-        if isinstance(origin, (ParamAOTInput, BufferAOTInput)) or (
-            isinstance(origin, PlainAOTInput) and origin.idx in kept
-        ):
-            found.add(i)
-    has_parts = any(hasattr(node.meta.get(_DESCRIPTION), "base") for node in inputs)
-    return tuple(sorted(found if has_parts else found.union(static)))
+        position = origin.idx if isinstance(origin, PlainAOTInput) else None
+        if isinstance(origin, ParamAOTInput) or position in kept.parameters:
+            parameters.add(i)
+        elif isinstance(origin, BufferAOTInput) or position in kept.others:
+            others.add(i)
+    if not any(hasattr(node.meta.get(_DESCRIPTION), "base") for node in inputs):
+        parameters |= set(static) - others
+    return LivingInputs(tuple(sorted(parameters)), tuple(sorted(others)))
 
 
 def are_described(joint: fx.Graph) -> bool:
@@ -56,8 +78,8 @@ def _origin(description: Any) -> Any:
     return description
 
 
-def kept_by_their_makers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[int, ...]:
-    """Positions of a graph's inputs whose storage lives on whatever the graph saves.
+def kept_by_their_makers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> LivingInputs:
+    """The inputs of Dynamo's graph whose storage lives on whatever the graph saves.
 
     A parameter or buffer is kept by its module, and another leaf by what accumulates its gradient. Behind a graph
     break the inputs of a graph are the outputs of another, which may have saved them. Hooks on saved tensors are not
@@ -67,10 +89,15 @@ def kept_by_their_makers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> t
         gm: Dynamo's graph.
         example_inputs: Its inputs; fake ones where DistributedDataParallel has a graph cut into buckets.
     """
-    static = _static_inputs(gm)
-    return tuple(
-        i for i, x in enumerate(example_inputs) if isinstance(x, Tensor) and (i in static or _is_kept_by_its_maker(x))
-    )
+    static, parameters, others = _static_inputs(gm), [], []
+    for i, x in enumerate(example_inputs):
+        if not isinstance(x, Tensor):
+            continue
+        if (x.is_leaf and x.requires_grad) or (i in static and isinstance(x, nn.Parameter)):
+            parameters.append(i)
+        elif i in static or _is_kept_by_its_maker(x):
+            others.append(i)
+    return LivingInputs(tuple(parameters), tuple(others))
 
 
 def _static_inputs(gm: fx.GraphModule) -> set[int]:
@@ -81,7 +108,7 @@ def _static_inputs(gm: fx.GraphModule) -> set[int]:
 
 def _is_kept_by_its_maker(x: Tensor) -> bool:
     if x.is_leaf:
-        return x.requires_grad
+        return False
     wanted = set(_storages(x))
     found: set[int] = set()
     todo, seen = [x.grad_fn], set()
