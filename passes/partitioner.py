@@ -84,7 +84,7 @@ class FewBitPartitioner(CustomPartitionerFn):
         with faults.of("the look at the joint graph's inputs", GRAPH_EXACT):
             if not are_described(gm.graph):
                 # Those that the cut saves may live anyway, so a code is no gain; others may not, so to save is a loss.
-                living = LivingInputs(others=plain.saved_inputs())
+                living = LivingInputs(plain.saved_inputs())
                 plain = replace(plain, static_inputs=living.positions)
         with faults.of("the names in the cut", GRAPH_EXACT):
             plain = with_original_names(plain, gm.graph)

@@ -5,8 +5,8 @@ seen, as of a view among the results or of `.data`, it goes wrong without a word
 input in place of what torch.compile computes from it: it would then forbid more. So it saves a copy.
 
 Parameters are not copied, or a leaner cut could compute nothing again that has a bias: they are written to by an
-optimizer, behind the backward. Other inputs that live anyway, such as buffers, are better not read at all: their copy
-would be more bytes.
+optimizer, behind the backward. Nor is what another graph keeps, whose backward would raise. Buffers are better not
+read at all: their copy would be more bytes.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def inputs_not_to_read(plain: Partition, living: LivingInputs) -> list[int]:
         plain: torch.compile's own cut: what it saves may be saved.
         living: The inputs that live anyway.
     """
-    saved = {*plain.saved_inputs(), *living.parameters}
+    saved = {*plain.saved_inputs(), *living.kept}
     inputs = [(i, n) for i, n in enumerate(placeholders(plain.forward.graph)) if isinstance(value_of(n), Tensor)]
-    return [i for i, n in inputs if i not in saved and (i in living.others or not _is_copied_as_it_is(n))]
+    return [i for i, n in inputs if i not in saved and (i in living.buffers or not _is_copied_as_it_is(n))]
 
 
 def can_be_kept_apart(cut: Partition, plain: Partition, living: LivingInputs) -> bool:
@@ -43,8 +43,8 @@ def can_be_kept_apart(cut: Partition, plain: Partition, living: LivingInputs) ->
     """
     shared = _shared(cut, plain, living)
     one_each = len({storage_key(n) for n in shared}) == len(shared)
-    has_living = not set(living.others).isdisjoint(_newly_saved_inputs(cut, plain, living))
-    return one_each and not has_living and all(_is_copied_as_it_is(n) for n in shared)
+    has_buffers = not set(living.buffers).isdisjoint(_newly_saved_inputs(cut, plain, living))
+    return one_each and not has_buffers and all(_is_copied_as_it_is(n) for n in shared)
 
 
 def keep_apart(chosen: Partition, plain: Partition, living: LivingInputs) -> None:
@@ -66,7 +66,7 @@ def _shared(cut: Partition, plain: Partition, living: LivingInputs) -> list[fx.N
 
 
 def _newly_saved_inputs(cut: Partition, plain: Partition, living: LivingInputs) -> set[int]:
-    return set(cut.saved_inputs()) - set(plain.saved_inputs()) - set(living.parameters)
+    return set(cut.saved_inputs()) - set(plain.saved_inputs()) - set(living.kept)
 
 
 def _split(cut: Partition) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -22,18 +22,19 @@ class LivingInputs:
     """The inputs of a graph that live on whatever it saves.
 
     Attributes:
-        parameters: Positions of parameters, and of other leaves of which a gradient is asked.
-        others: Positions of buffers, and of what another graph keeps. Unlike parameters, they may well be written to
-            between forward and backward, as the codebook of a vector quantiser is.
+        kept: Positions of parameters, of other leaves of which a gradient is asked, and of what another graph keeps,
+            whose backward would raise if it were written to.
+        buffers: Positions of buffers. They may well be written to between forward and backward, as the codebook of a
+            vector quantiser is.
     """
 
-    parameters: tuple[int, ...] = ()
-    others: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
+    buffers: tuple[int, ...] = ()
 
     @property
     def positions(self) -> tuple[int, ...]:
         """All of them, ascending."""
-        return tuple(sorted({*self.parameters, *self.others}))
+        return tuple(sorted({*self.kept, *self.buffers}))
 
 
 def living_inputs(joint: fx.Graph, static: Collection[int], kept: LivingInputs) -> LivingInputs:
@@ -47,17 +48,17 @@ def living_inputs(joint: fx.Graph, static: Collection[int], kept: LivingInputs) 
             DTensor as inputs, nor what AOTAutograd puts before them.
     """
     inputs = joint.find_nodes(op="placeholder")
-    parameters, others = set(), set()
+    lasting, buffers = set(), set()
     for i, node in enumerate(inputs):
         origin = _origin(node.meta.get(_DESCRIPTION))
         position = origin.idx if isinstance(origin, PlainAOTInput) else None
-        if isinstance(origin, ParamAOTInput) or position in kept.parameters:
-            parameters.add(i)
-        elif isinstance(origin, BufferAOTInput) or position in kept.others:
-            others.add(i)
+        if isinstance(origin, ParamAOTInput) or position in kept.kept:
+            lasting.add(i)
+        elif isinstance(origin, BufferAOTInput) or position in kept.buffers:
+            buffers.add(i)
     if not any(hasattr(node.meta.get(_DESCRIPTION), "base") for node in inputs):
-        parameters |= set(static) - others
-    return LivingInputs(tuple(sorted(parameters)), tuple(sorted(others)))
+        lasting |= set(static) - buffers
+    return LivingInputs(tuple(sorted(lasting)), tuple(sorted(buffers)))
 
 
 def are_described(joint: fx.Graph) -> bool:
@@ -89,15 +90,15 @@ def kept_by_their_makers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> L
         gm: Dynamo's graph.
         example_inputs: Its inputs; fake ones where DistributedDataParallel has a graph cut into buckets.
     """
-    static, parameters, others = _static_inputs(gm), [], []
+    static, kept, buffers = _static_inputs(gm), [], []
     for i, x in enumerate(example_inputs):
         if not isinstance(x, Tensor):
             continue
-        if (x.is_leaf and x.requires_grad) or (i in static and isinstance(x, nn.Parameter)):
-            parameters.append(i)
+        if i in static and not isinstance(x, nn.Parameter):
+            buffers.append(i)
         elif i in static or _is_kept_by_its_maker(x):
-            others.append(i)
-    return LivingInputs(tuple(parameters), tuple(others))
+            kept.append(i)
+    return LivingInputs(tuple(kept), tuple(buffers))
 
 
 def _static_inputs(gm: fx.GraphModule) -> set[int]:
@@ -108,7 +109,7 @@ def _static_inputs(gm: fx.GraphModule) -> set[int]:
 
 def _is_kept_by_its_maker(x: Tensor) -> bool:
     if x.is_leaf:
-        return False
+        return x.requires_grad
     wanted = set(_storages(x))
     found: set[int] = set()
     todo, seen = [x.grad_fn], set()
