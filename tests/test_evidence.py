@@ -161,7 +161,7 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
 
 
 def point(method: str, held: float, time: float = 1.0, error: float = 0.0) -> Point:
-    return Point("Llama-3", method, int(held * 2**20), held, time, error)
+    return Point("Llama-3", method, int(held * 2**20), held, int(held * 2**21), held, time, error)
 
 
 def test_the_frontier() -> None:
@@ -172,8 +172,8 @@ def test_the_frontier() -> None:
     assert not slow.is_ours
 
 
-def write(folder: Path, method: str, held: int, time: float, error: float | None) -> None:
-    case = memory.case("Llama-3", method, QUICK, "bfloat16", "cpu", 1.0)
+def write(folder: Path, method: str, held: int, time: float, error: float | None, model: str = "Llama-3") -> None:
+    case = memory.case(model, method, QUICK, "bfloat16", "cpu", 1.0)
     timing = {
         "name": method,
         "calls": 1,
@@ -184,7 +184,7 @@ def write(folder: Path, method: str, held: int, time: float, error: float | None
         "ratio": time,
     }
     result = {
-        "memory": {"held_bytes": held * 2**20, "peak_bytes": 8 * 2**20},
+        "memory": {"held_bytes": held * 2**20, "peak_bytes": held * 2**21},
         "timing": timing,
         "gradient_error": error,
     }
@@ -209,11 +209,30 @@ def test_points_are_against_the_reference(measured: Path) -> None:
 
 def test_the_table_of_memory(measured: Path) -> None:
     lines = list(memory_table.lines(Store(measured).files("memory")))
-    assert lines[0] == "| bytes held, time, error | Llama-3 |"
-    assert "| inductor | 4.0 MiB |" in lines
-    assert "| default | -50 %, x 1.01 (0.5 %) |" in lines
-    assert "| derivatives, 3 bits | *+0 %, x 1.20 (1.5 %)* |" in lines
+    assert (
+        lines[0] == "| bytes held, time, error | inductor | budget 0.9 | checkpoint | derivatives, 3 bits | default |"
+    )
+    ours = "*+0 %, x 1.20 (1.5 %)* | -50 %, x 1.01 (0.5 %)"
+    assert lines[2] == f"| Llama-3 | 4.0 MiB | -25 %, x 1.00 | -75 %, x 1.40 | {ours} |"
     assert "widths divided by 4" in lines[-1]
+
+
+def test_the_table_of_peaks(measured: Path) -> None:
+    lines = list(memory_table.peak_lines(Store(measured).files("memory")))
+    assert lines[2] == "| Llama-3 | 8.0 MiB | -25 % | -75 % | +0 % | -50 % |"
+
+
+def test_methods_that_few_models_are_measured_with_have_a_table(measured: Path) -> None:
+    files = Store(measured).files("memory")
+    assert list(memory_table.all_lines(files))[:1] == ["| bytes held, time, error |"]
+    for model in ("GPT-2", "ViT"):
+        write(measured, "inductor", 4, 1.0, None, model)
+        write(measured, "default", 2, 1.0, 0.01, model)
+    files = Store(measured).files("memory")
+    assert next(iter(memory_table.lines(files))) == "| bytes held, time, error | inductor | default |"
+    lines = list(memory_table.all_lines(files))
+    assert lines[0] == "| bytes held, time, error | Llama-3 |"
+    assert "| derivatives, 3 bits | *+0 %, x 1.20 (1.5 %)* |" in lines
 
 
 def test_the_best_of_each(measured: Path) -> None:

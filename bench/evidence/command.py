@@ -44,6 +44,8 @@ TABLES: Mapping[str, tuple[tuple[str, Lines], ...]] = {
     "codebooks": (("Codebooks", codebooks_table.lines),),
     "memory": (
         ("Memory and time", memory_table.lines),
+        ("Peak", memory_table.peak_lines),
+        ("Every method", memory_table.all_lines),
         ("The best of each", memory_table.best_lines),
         ("Methods of fewbit that another method beats in bytes, at no more time and error", memory_table.verdict),
     ),
