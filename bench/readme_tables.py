@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench import bias_table, convergence_table, demo_table, patterns, saved_table, speed_table
-from bench.evidence import codebooks_table, memory_table
+from bench.evidence import codebooks_table, memory_table, peak
 from bench.evidence import convergence_table as evidence_convergence_table
 from bench.machine import CHECKOUT
 from bench.result_file import File
@@ -31,7 +31,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[File]], Iterator[str]]]] = {
     "saved": ("saved_{device}", saved_table.lines),
     "patterns": ("patterns_{device}", patterns.lines),
     "evidence_memory": ("evidence_{device}/memory/.*", memory_table.lines),
-    "evidence_peak": ("evidence_{device}/memory/.*", memory_table.peak_lines),
+    "evidence_peak": ("evidence_{device}/peak/.*", peak.lines),
     "evidence_all": ("evidence_{device}/memory/.*", memory_table.all_lines),
     "evidence_best": ("evidence_{device}/memory/.*", memory_table.best_lines),
     "evidence_beaten": ("evidence_{device}/memory/.*", memory_table.verdict),

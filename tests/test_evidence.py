@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.architectures import Example
-from bench.evidence import codebooks, codebooks_table, command, memory, memory_plot, memory_table
+from bench.evidence import codebooks, codebooks_table, command, memory, memory_plot, memory_table, peak
 from bench.evidence.cases import Case, Store, run
 from bench.evidence.first_gradient import first_gradient_error
 from bench.evidence.frontier import NOISE, Point, frontier, points
@@ -161,7 +161,7 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
 
 
 def point(method: str, held: float, time: float = 1.0, error: float = 0.0) -> Point:
-    return Point("Llama-3", method, int(held * 2**20), held, int(held * 2**21), held, time, error)
+    return Point("Llama-3", method, int(held * 2**20), held, time, error)
 
 
 def test_the_frontier() -> None:
@@ -217,9 +217,13 @@ def test_the_table_of_memory(measured: Path) -> None:
     assert "widths divided by 4" in lines[-1]
 
 
-def test_the_table_of_peaks(measured: Path) -> None:
-    lines = list(memory_table.peak_lines(Store(measured).files("memory")))
-    assert lines[2] == "| Llama-3 | 8.0 MiB | -25 % | -75 % | +0 % | -50 % |"
+def test_the_table_of_peaks(tmp_path: Path) -> None:
+    for method, peak_mib, held_mib in (("inductor", 8, 4), ("lean", 5, 1)):
+        case = peak.case("Llama-3", method, peak.larger(QUICK), "bfloat16", "cpu")
+        Store(tmp_path).put(case, {"peak_bytes": peak_mib * 2**20, "held_bytes": held_mib * 2**20}, ABOUT)
+    lines = list(peak.lines(Store(tmp_path).files("peak")))
+    assert lines[2] == "| Llama-3 | 8.0 MiB (4.0 MiB) | -38 % (-75 %) |"
+    assert "2 layers, batch 4, 128 tokens" in lines[-1]
 
 
 def test_methods_that_few_models_are_measured_with_have_a_table(measured: Path) -> None:
@@ -307,7 +311,7 @@ def test_a_quick_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     page = (folder / "tables.md").read_text()
     assert "## Codebooks" in page
-    assert "## Convergence" in page
+    assert {"## Convergence", "## Peak of a step"} <= set(page.splitlines())
     found = {p.method: p for p in points(Store(folder).files("memory"))["Llama-3"]}
     assert found["lean"].held < found["default"].held < found["budget 0.9"].held < 1
     assert found["lean"].error > found["default"].error > 0

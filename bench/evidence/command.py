@@ -27,28 +27,29 @@ from bench.evidence import (
     memory,
     memory_plot,
     memory_table,
+    peak,
 )
 from bench.evidence.cases import Case, Store, run
 from bench.evidence.methods import METHODS, OF_CONVERGENCE, OF_MEMORY
-from bench.evidence.models import MODELS, OF_DEVICE, QUICK
+from bench.evidence.models import MODELS, OF_DEVICE, QUICK, Scale
 from bench.evidence.tasks import DATA, TASKS
 from bench.result_file import File
 
-PARTS = ("codebooks", "memory", "convergence")
+PARTS = ("codebooks", "memory", "peak", "convergence")
 _QUICK_BITS = (2,)
 _QUICK_MODELS = ("Llama-3",)
-_QUICK_METHODS = ("inductor", "budget 0.9", "default", "lean")
+_QUICK_METHODS = {"memory": ("inductor", "budget 0.9", "default", "lean"), "peak": ("inductor", "lean")}
 
 Lines = Callable[[Sequence[File]], Iterator[str]]
 TABLES: Mapping[str, tuple[tuple[str, Lines], ...]] = {
     "codebooks": (("Codebooks", codebooks_table.lines),),
     "memory": (
         ("Memory and time", memory_table.lines),
-        ("Peak", memory_table.peak_lines),
         ("Every method", memory_table.all_lines),
         ("The best of each", memory_table.best_lines),
         ("Methods of fewbit that another method beats in bytes, at no more time and error", memory_table.verdict),
     ),
+    "peak": (("Peak of a step", peak.lines),),
     "convergence": (
         ("Convergence", convergence_table.lines),
         ("From which setting on", convergence_table.verdict_lines),
@@ -66,20 +67,30 @@ def cases_of(flags: argparse.Namespace) -> dict[str, list[Case]]:
     parts = {
         "codebooks": lambda: [codebooks.case(_QUICK_BITS) if flags.quick else codebooks.case()],
         "memory": lambda: list(_memory_cases(flags)),
+        "peak": lambda: list(_peak_cases(flags)),
         "convergence": lambda: _convergence_cases(flags),
     }
     return {name: make() for name, make in parts.items() if name in flags.parts}
 
 
 def _memory_cases(flags: argparse.Namespace) -> Iterator[Case]:
-    device = flags.device.type
-    scale = QUICK if flags.quick else OF_DEVICE[device]
+    for model, method in _models_and_methods("memory", flags):
+        yield memory.case(model, method, _scale(flags), flags.dtype, flags.device.type, flags.seconds)
+
+
+def _peak_cases(flags: argparse.Namespace) -> Iterator[Case]:
+    for model, method in _models_and_methods("peak", flags):
+        yield peak.case(model, method, peak.larger(_scale(flags)), flags.dtype, flags.device.type)
+
+
+def _models_and_methods(part: str, flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
     models = flags.models or (_QUICK_MODELS if flags.quick else MODELS)
-    methods = flags.methods or (_QUICK_METHODS if flags.quick else OF_MEMORY)
-    for model in models:
-        for method in methods:
-            if method in OF_MEMORY:
-                yield memory.case(model, method, scale, flags.dtype, device, flags.seconds)
+    methods = flags.methods or (_QUICK_METHODS[part] if flags.quick else OF_MEMORY)
+    yield from ((model, method) for model in models for method in methods if method in OF_MEMORY)
+
+
+def _scale(flags: argparse.Namespace) -> Scale:
+    return QUICK if flags.quick else OF_DEVICE[flags.device.type]
 
 
 def _convergence_cases(flags: argparse.Namespace) -> list[Case]:

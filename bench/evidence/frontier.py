@@ -21,8 +21,6 @@ class Point:
         model, method: Which.
         held_bytes: Held by the allocator from forward to backward.
         held: The same as a share of the reference's.
-        peak_bytes: Of a step, with gradients, without parameters.
-        peak: The same as a share of the reference's.
         time: Of a step, over the reference's.
         error: Relative error of the first gradient; 0 where a method is exact.
     """
@@ -31,8 +29,6 @@ class Point:
     method: str
     held_bytes: int
     held: float
-    peak_bytes: int
-    peak: float
     time: float
     error: float
 
@@ -59,17 +55,9 @@ def points(files: Iterable[File]) -> dict[str, list[Point]]:
 
 def _point(model: str, method: str, results: dict[tuple[str, str], dict]) -> Point:  # type: ignore[type-arg]
     own, plain = results[model, method], results[model, REFERENCE]
-    held, peak = (own["memory"][name] for name in ("held_bytes", "peak_bytes"))
-    return Point(
-        model,
-        method,
-        held,
-        held / plain["memory"]["held_bytes"],
-        peak,
-        peak / plain["memory"]["peak_bytes"],
-        own["timing"]["ratio"],
-        own["gradient_error"] or 0.0,
-    )
+    held = own["memory"]["held_bytes"]
+    share = held / plain["memory"]["held_bytes"]
+    return Point(model, method, held, share, own["timing"]["ratio"], own["gradient_error"] or 0.0)
 
 
 def frontier(of_a_model: Sequence[Point]) -> list[Point]:

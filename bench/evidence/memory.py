@@ -62,7 +62,7 @@ def case(model: str, method: str, scale: Scale, dtype: str, device: str, seconds
     return Case(PART, f"{model}, {method}", settings)
 
 
-class _Step:
+class Step:
     """A forward and a backward, on the same data each time."""
 
     def __init__(self, example: Example, method: Method) -> None:
@@ -88,9 +88,9 @@ def measure(settings: dict[str, Any]) -> Result:
 
     error = first_gradient_error(build, method, SEED)
     torch.compiler.reset()
-    step = _Step(build(), method)
+    step = Step(build(), method)
     memory = Memory.of_training(step, step.forward, device)
-    steps = {REFERENCE: step if method.name == REFERENCE else _Step(build(), METHODS[REFERENCE]), method.name: step}
+    steps = {REFERENCE: step if method.name == REFERENCE else Step(build(), METHODS[REFERENCE]), method.name: step}
     timings = compare(steps, clock=clock_for(device), seconds=settings["seconds"])
     return Result(memory, timings[method.name], error)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from bench.comparison import mebibytes
 from bench.evidence.frontier import NOISE, Point, frontier, points
@@ -20,16 +20,8 @@ def lines(files: Sequence[File]) -> Iterator[str]:
     """A row for each model, a column for each method that most models have been measured with."""
     found = points(files)
     methods = _usual(found)
-    yield from markdown(["bytes held, time, error", *methods], *_grid(found, methods, _bytes_time_error))
+    yield from markdown(["bytes held, time, error", *methods], *_grid(found, methods))
     yield f"\n<sub>{_CAPTION} {_sizes(files[0].data['settings'])} {measured_with(files)}.</sub>"
-
-
-def peak_lines(files: Sequence[File]) -> Iterator[str]:
-    """The same of the peak of a step."""
-    found = points(files)
-    methods = _usual(found)
-    yield from markdown(["peak of a step", *methods], *_grid(found, methods, _peak))
-    yield "\n<sub>Of a forward and a backward, with gradients, without parameters. Measured as above.</sub>"
 
 
 def all_lines(files: Sequence[File]) -> Iterator[str]:
@@ -37,7 +29,7 @@ def all_lines(files: Sequence[File]) -> Iterator[str]:
     found = points(files)
     thorough = {model: each for model, each in found.items() if len(each) > len(_usual(found))}
     methods = _measured(thorough)
-    columns = [["bytes held, time, error", *methods], *_grid(thorough, methods, _bytes_time_error)]
+    columns = [["bytes held, time, error", *methods], *_grid(thorough, methods)]
     head, *body = map(list, zip(*columns, strict=True))
     yield from markdown(head, *body)
     yield "\n<sub>Measured as above.</sub>"
@@ -55,14 +47,12 @@ def _usual(found: Mapping[str, Sequence[Point]]) -> list[str]:
     return [name for name in METHODS if 2 * counts[name] > len(found)]
 
 
-def _grid(
-    found: Mapping[str, Sequence[Point]], methods: Sequence[str], cell: Callable[[Point, bool], str]
-) -> Iterator[list[str]]:
-    """For each model its name, and what a cell says of each method and of whether another beats it."""
+def _grid(found: Mapping[str, Sequence[Point]], methods: Sequence[str]) -> Iterator[list[str]]:
+    """For each model its name, and a cell for each method."""
     for model, each in found.items():
         by_method, best = {point.method: point for point in each}, frontier(each)
         of_methods = (by_method.get(name) for name in methods)
-        yield [model, *(cell(point, point not in best) if point else "" for point in of_methods)]
+        yield [model, *(_cell(point, point not in best) if point else "" for point in of_methods)]
 
 
 _CAPTION = (
@@ -81,16 +71,12 @@ def _sizes(settings: dict) -> str:  # type: ignore[type-arg]
     )
 
 
-def _bytes_time_error(point: Point, is_beaten: bool = False) -> str:
+def _cell(point: Point, is_beaten: bool = False) -> str:
     if point.method == REFERENCE:
         return mebibytes(point.held_bytes)
     error = f" ({100 * point.error:.1f} %)" if point.error else ""
     text = f"{100 * (point.held - 1):+.0f} %, x {point.time:.2f}{error}"
     return f"*{text}*" if is_beaten else text
-
-
-def _peak(point: Point, _: bool) -> str:
-    return mebibytes(point.peak_bytes) if point.method == REFERENCE else f"{100 * (point.peak - 1):+.0f} %"
 
 
 def best_lines(files: Sequence[File]) -> Iterator[str]:
@@ -115,7 +101,7 @@ def _winner(allowed: Sequence[Point]) -> str:
     if not allowed:
         return "none"
     best = min(allowed, key=lambda point: point.held)
-    return f"{best.method}: {_bytes_time_error(best)}"
+    return f"{best.method}: {_cell(best)}"
 
 
 def verdict(files: Sequence[File]) -> Iterator[str]:
