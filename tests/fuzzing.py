@@ -108,6 +108,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "image": lambda: Image(),
     "group_norm": lambda: nn.GroupNorm(4, TOKENS),
     "embedding": lambda: Embedded(),
+    "codebook": lambda: Quantised(),
 }
 OPERATIONS = (*UNARY, *BINARY, *MODULES, *["linear"] * 12)  # between which tensors are saved
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -152,6 +153,20 @@ class Embedded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.table(x.argmax(-1))
+
+
+class Quantised(nn.Module):
+    """The nearest of a codebook that follows what it is given: it is read, and then written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(-1, 1, 8 * WIDTH).view(8, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = self.table[(x @ self.table.T).argmax(-1)]
+        with torch.no_grad():
+            self.table.lerp_(x.mean((0, 1)).to(self.table.dtype), 0.5)
+        return x * torch.sigmoid(nearest) + nearest
 
 
 def _attention(a: Tensor, b: Tensor) -> Tensor:
