@@ -10,8 +10,11 @@ from torch import fx
 import fewbit_fx
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_ROOT = re.compile(r"^L\[['\"]\w+['\"]\]")
-_INDEX = re.compile(r"(?:\._modules)?\[['\"]?(\w+)['\"]?\]")
+# Dynamo's names of where a model is: an argument, what a function closes over, or a global variable.
+_ROOT = re.compile(
+    r"""^(?:L\[['"]\w+['"]\](?:\.__closure__\[\d+\]\.cell_contents)?|G\[['"]__import_\w+['"]\]|G(?=\[))"""
+)
+_INDEX = re.compile(r"""(?:\._modules|\.__dict__\[['"]_modules['"]\])?\[['"]?(\w+)['"]?\]""")
 _OWN_FOLDER = Path(fewbit_fx.__file__).parent
 
 

@@ -30,6 +30,10 @@ def stack(*files: str) -> str:
         ("L['self']._modules['blocks']._modules['0'].act", "blocks.0.act"),
         ("L['fn'].head", "head"),
         ("L['self']", ""),
+        ("L['original'].__closure__[0].cell_contents.blocks.0", "blocks.0"),
+        ("G['__import___main__'].trainer.model.head", "trainer.model.head"),
+        ("G['model'].blocks[0].act", "model.blocks.0.act"),
+        ("L['self'].model.__dict__['_modules']['base'].layers.0", "model.base.layers.0"),
     ],
 )
 def test_the_innermost_module(path: str, expected: str) -> None:
