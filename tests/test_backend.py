@@ -85,9 +85,22 @@ def test_a_network_against_the_eager_oracle() -> None:
     assert close_to_oracle(found, gradients(reference, reference(x).sum()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def two_blocks() -> nn.Module:
+    return nn.Sequential(TransformerBlock(), TransformerBlock())
+
+
+def adapted_block() -> nn.Module:
+    return lora(TransformerBlock())
+
+
 @pytest.mark.parametrize(
-    "make", [lambda: nn.Sequential(TransformerBlock(), TransformerBlock()), lambda: lora(TransformerBlock())]
+    ("make", "dtype"),
+    [
+        (two_blocks, torch.float32),
+        pytest.param(two_blocks, torch.bfloat16, marks=pytest.mark.slow),
+        (adapted_block, torch.float32),
+        (adapted_block, torch.bfloat16),
+    ],
 )
 def test_a_transformers_forward_is_bit_identical(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     model, x = make().to(dtype), torch.randn(4, 32, 32, dtype=dtype, requires_grad=True)

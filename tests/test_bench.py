@@ -153,6 +153,7 @@ def test_a_fresh_process_hands_back_the_json_that_it_prints(tmp_path: Path) -> N
         in_fresh_process("json.tool", ["--peak"])
 
 
+@pytest.mark.slow
 def test_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "keep_freed_memory", lambda: False)  # it would stay so for other tests
     flags = "--functions gelu relu+dropout --dtypes bfloat16 --sizes 2**13 --bits 3 --seconds 0.01"
