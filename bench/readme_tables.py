@@ -32,7 +32,6 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[File]], Iterator[str]]]] = {
     "patterns": ("patterns_{device}", patterns.lines),
     "evidence_memory": ("evidence_{device}/memory/.*", memory_table.lines),
     "evidence_peak": ("evidence_{device}/peak/.*", peak.lines),
-    "evidence_all": ("evidence_{device}/memory/.*", memory_table.all_lines),
     "evidence_best": ("evidence_{device}/memory/.*", memory_table.best_lines),
     "evidence_beaten": ("evidence_{device}/memory/.*", memory_table.verdict),
     "evidence_codebooks": ("evidence_{device}/codebooks/.*", codebooks_table.lines),

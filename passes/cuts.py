@@ -27,6 +27,8 @@ from .written_inputs import readers, written_inputs
 
 _LOOKUP = prims.inductor_lookup_seed.default  # tagged as if it drew numbers
 _MARK = "fewbit_marked"  # key of a node's metadata while a graph is cut
+_SAVED = {"recompute": CheckpointPolicy.MUST_SAVE, _MARK: True}
+_AGAIN = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, _MARK: True}
 _GATHERING = frozenset({aten.index.Tensor, aten.gather.default, aten.embedding.default})
 
 
@@ -102,7 +104,7 @@ def _keep_out(graph: fx.Graph, inputs: Collection[int]) -> None:
     for node in readers(graph, inputs):
         if node.op == "call_function" and node not in gradients and not node.meta.get("recompute"):
             for part in _parts(node):
-                part.meta |= {"recompute": CheckpointPolicy.MUST_SAVE, _MARK: True}
+                part.meta |= _SAVED
 
 
 def _mark(graph: fx.Graph, again: Callable[[fx.Node], bool]) -> None:
@@ -115,9 +117,9 @@ def _mark(graph: fx.Graph, again: Callable[[fx.Node], bool]) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and not node.meta.get("recompute"):
             if not _is_cheap(node):
-                node.meta |= {"recompute": CheckpointPolicy.MUST_SAVE, _MARK: True}
+                node.meta |= _SAVED
             elif again(node):
-                node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, _MARK: True}
+                node.meta |= _AGAIN
 
 
 def _mark_drawn_numbers(graph: fx.Graph) -> bool:
@@ -133,7 +135,7 @@ def _mark_drawn_numbers(graph: fx.Graph) -> bool:
         if argument(node, "dropout_p") != 0:  # attention is tagged where it drops nothing, too
             for part in _parts(node):
                 if part not in gradients:
-                    part.meta |= {"recompute": CheckpointPolicy.MUST_SAVE, _MARK: True}
+                    part.meta |= _SAVED
                     marked = True
     return marked
 

@@ -6,8 +6,9 @@ that has compiled nothing else. Times are against torch.compile's default, in tu
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,11 +82,7 @@ class Step:
 def measure(settings: dict[str, Any]) -> Result:
     """All of a case, in this process."""
     method, device = METHODS[settings["method"]], torch.device(settings["device"])
-    dtype, scale = getattr(torch, settings["dtype"]), Scale(**settings["scale"])
-
-    def build() -> Example:
-        return built(settings["model"], scale, dtype, device, SEED)
-
+    build = functools.partial(example_of, settings)
     error = first_gradient_error(build, method, SEED)
     torch.compiler.reset()
     step = Step(build(), method)
@@ -95,12 +92,28 @@ def measure(settings: dict[str, Any]) -> Result:
     return Result(memory, timings[method.name], error)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the case that the command line has as JSON."""
+def example_of(settings: dict[str, Any]) -> Example:
+    """The model of a case and its inputs."""
+    dtype, device = getattr(torch, settings["dtype"]), torch.device(settings["device"])
+    return built(settings["model"], Scale(**settings["scale"]), dtype, device, SEED)
+
+
+def answer_for_memory(measure: Callable[[dict[str, Any]], Any], arguments: Sequence[str] | None) -> None:
+    """Be the process of a case that measures memory: quiet, and such that the allocator keeps what is freed.
+
+    Args:
+        measure: Takes the settings, returns a dataclass.
+        arguments: As of :func:`bench.evidence.cases.answer`.
+    """
     warnings.simplefilter("ignore")
     quiet_libraries()
     keep_freed_memory()
     answer(lambda settings: asdict(measure(settings)), arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the case that the command line has as JSON."""
+    answer_for_memory(measure, arguments)
 
 
 if __name__ == "__main__":

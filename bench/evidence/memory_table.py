@@ -27,7 +27,8 @@ def lines(files: Sequence[File]) -> Iterator[str]:
 def all_lines(files: Sequence[File]) -> Iterator[str]:
     """A row for each method, a column for each model that has been measured with more than the usual ones."""
     found = points(files)
-    thorough = {model: each for model, each in found.items() if len(each) > len(_usual(found))}
+    usual = _usual(found)
+    thorough = {model: each for model, each in found.items() if len(each) > len(usual)}
     methods = _measured(thorough)
     columns = [["bytes held, time, error", *methods], *_grid(thorough, methods)]
     head, *body = map(list, zip(*columns, strict=True))

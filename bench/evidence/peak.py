@@ -6,20 +6,18 @@ computes at a time, are the most of it. It takes no times, so that other work ma
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from bench.architectures import quiet_libraries
 from bench.comparison import mebibytes
-from bench.evidence.cases import Case, answer
-from bench.evidence.memory import SEED, Step
+from bench.evidence.cases import Case
+from bench.evidence.memory import Step, answer_for_memory, example_of
 from bench.evidence.methods import METHODS, REFERENCE
-from bench.evidence.models import MODELS, Scale, built
-from bench.measure import Memory, keep_freed_memory
+from bench.evidence.models import MODELS, Scale
+from bench.measure import Memory
 from bench.result_file import File, markdown, measured_with
 
 PART = "peak"
@@ -39,10 +37,8 @@ def case(model: str, method: str, scale: Scale, dtype: str, device: str) -> Case
 
 def measure(settings: dict[str, Any]) -> Memory:
     """All of a case, in this process."""
-    method, device = METHODS[settings["method"]], torch.device(settings["device"])
-    dtype, scale = getattr(torch, settings["dtype"]), Scale(**settings["scale"])
-    step = Step(built(settings["model"], scale, dtype, device, SEED), method)
-    return Memory.of_training(step, step.forward, device)
+    step = Step(example_of(settings), METHODS[settings["method"]])
+    return Memory.of_training(step, step.forward, torch.device(settings["device"]))
 
 
 def lines(files: Sequence[File]) -> Iterator[str]:
@@ -75,10 +71,7 @@ def _cell(found: dict[tuple[str, str], dict[str, int]], model: str, method: str)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the case that the command line has as JSON."""
-    warnings.simplefilter("ignore")
-    quiet_libraries()
-    keep_freed_memory()
-    answer(lambda settings: asdict(measure(settings)), arguments)
+    answer_for_memory(measure, arguments)
 
 
 if __name__ == "__main__":

@@ -37,14 +37,14 @@ class LivingInputs:
         return tuple(sorted({*self.kept, *self.buffers}))
 
 
-def living_inputs(joint: fx.Graph, static: Collection[int], kept: LivingInputs) -> LivingInputs:
+def living_inputs(joint: fx.Graph, static: Collection[int], known: LivingInputs) -> LivingInputs:
     """The inputs of a joint graph that live on whatever the graph saves.
 
     Args:
         joint: The joint graph.
         static: Positions of parameters and buffers, as AOTAutograd has them. Behind a DTensor they are not right: it
             counts its local tensor, and the mesh, which is an input as well, not (torch 2.13).
-        kept: What :func:`kept_by_their_makers` has found. Dynamo's graph has neither the parts of a tensor such as
+        known: What :func:`kept_by_their_makers` has found. Dynamo's graph has neither the parts of a tensor such as
             DTensor as inputs, nor what AOTAutograd puts before them.
     """
     inputs = joint.find_nodes(op="placeholder")
@@ -52,9 +52,9 @@ def living_inputs(joint: fx.Graph, static: Collection[int], kept: LivingInputs) 
     for i, node in enumerate(inputs):
         origin = _origin(node.meta.get(_DESCRIPTION))
         position = origin.idx if isinstance(origin, PlainAOTInput) else None
-        if isinstance(origin, ParamAOTInput) or position in kept.kept:
+        if isinstance(origin, ParamAOTInput) or position in known.kept:
             lasting.add(i)
-        elif isinstance(origin, BufferAOTInput) or position in kept.buffers:
+        elif isinstance(origin, BufferAOTInput) or position in known.buffers:
             buffers.add(i)
     if not any(hasattr(node.meta.get(_DESCRIPTION), "base") for node in inputs):
         lasting |= set(static) - buffers
