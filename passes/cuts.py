@@ -88,8 +88,18 @@ def leaner_cuts(
             _mark(uncut.graph, again)
         with cheap_recomputation(all_unmarked=again is not None):
             partition = with_original_names(own_cut(uncut, joint_inputs, alive, **kwargs), uncut.graph)
-        if not any(map(_draws_numbers, partition.backward.graph.nodes)):
+        if not _draws_anew(partition.backward.graph):
             yield partition, uncut.graph
+
+
+def _draws_anew(backward: fx.Graph) -> bool:
+    """Whether a backward has random numbers of the forward drawn once more.
+
+    What works on gradients is not meant: a GPU's backward of attention is tagged as if it drew numbers, though it is
+    given the state of the generator.
+    """
+    gradients = descendants(tangents(backward))
+    return any(_draws_numbers(n) for n in backward.nodes if n not in gradients)
 
 
 def _choices(graph: fx.Graph) -> Sequence[Callable[[fx.Node], bool]]:

@@ -92,7 +92,7 @@ BINARY: dict[str, Function] = {
     "outer": lambda a, b: torch.einsum("btw,bsw->bts", a, b).tanh() @ b / TOKENS,
     "distance": lambda a, b: (a - b).abs().sum(-1, keepdim=True).exp().reciprocal() * a,
     "chosen": lambda a, b: a.gather(-1, b.argsort(-1)),
-    "added at": lambda a, b: a.index_add(1, torch.arange(0, TOKENS, 2), b[:, ::2]),
+    "added at": lambda a, b: a.index_add(1, torch.arange(0, TOKENS, 2, device=a.device), b[:, ::2]),
     "detached": lambda a, b: a * torch.sigmoid(b.detach()),
     "into a slice": lambda a, b: _into_a_slice(a, b),
 }
@@ -301,13 +301,13 @@ def cases() -> st.SearchStrategy[Case]:
     )
 
 
-def check(case: Case) -> None:
+def check(case: Case, device: str = "cpu") -> None:
     """Compile the model of a case up to and with the partition, and check what must hold."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    model = RandomModel(case).to(case.dtype)
-    x, classes = torch.randn(BATCH, TOKENS, WIDTH).to(case.dtype), torch.randint(CLASSES, (BATCH, TOKENS))
-    x = LAYOUTS[case.layout](x).detach().requires_grad_(case.trained_input)
+    model = RandomModel(case).to(device, case.dtype)
+    x, classes = torch.randn(BATCH, TOKENS, WIDTH).to(device, case.dtype), torch.randint(CLASSES, (BATCH, TOKENS))
+    x, classes = LAYOUTS[case.layout](x).detach().requires_grad_(case.trained_input), classes.to(device)
     works: list[Work] = []
     records: list[GraphRecord] = []
     given: list[Any] = []

@@ -140,6 +140,29 @@ def test_random_numbers_are_not_drawn_anew() -> None:
     assert not [t for t in targets(seen.chosen.backward) if "bernoulli" in t or "rand" in t]
 
 
+@torch.library.custom_op("fewbit_tests::mixed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def mixed(x: Tensor) -> Tensor:
+    return x.cumsum(-1)
+
+
+@torch.library.custom_op("fewbit_tests::mixed_backward", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def mixed_backward(grad: Tensor) -> Tensor:
+    return grad.flip(-1).cumsum(-1).flip(-1)
+
+
+for operator in (mixed, mixed_backward):
+    operator.register_fake(torch.empty_like)
+mixed.register_autograd(lambda ctx, grad: mixed_backward(grad))
+
+
+def test_a_backward_may_be_tagged_as_if_it_drew_numbers() -> None:
+    """As that of attention on a GPU is, be it without dropout."""
+    block, x = TransformerBlock(dropout=0.0), torch.randn(4, 16, 32, requires_grad=True)
+    seen = watch(lambda x: mixed(block(x)), x, config=LEANER)
+    assert "fewbit_tests.mixed_backward.default" in targets(seen.chosen.backward)
+    assert seen.record.fewbit_bytes == watch(block, x, config=LEANER).record.fewbit_bytes < seen.record.plain_bytes
+
+
 def test_what_a_checkpoint_computes_again_stays_so() -> None:
     block = TransformerBlock(dropout=0.0)
     x = torch.randn(4, 16, 32, requires_grad=True)
