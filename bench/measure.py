@@ -44,6 +44,11 @@ def held_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
     return held
 
 
+def lived_bytes(device: torch.device) -> int:
+    """What of :func:`peak_bytes` is there before a step already."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """The most bytes that the allocator has given out at one time during a step.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench import bias_table, convergence_table, demo_table, patterns, saved_table, speed_table
-from bench.evidence import codebooks_table, memory_table, peak
+from bench.evidence import codebooks_table, largest_batch, memory_table, peak
 from bench.evidence import convergence_table as evidence_convergence_table
 from bench.machine import CHECKOUT
 from bench.result_file import File
@@ -32,6 +32,8 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[File]], Iterator[str]]]] = {
     "patterns": ("patterns_{device}", patterns.lines),
     "evidence_memory": ("evidence_{device}/memory/.*", memory_table.lines),
     "evidence_peak": ("evidence_{device}/peak/.*", peak.lines),
+    "evidence_peak_beside_time": ("evidence_{device}/memory/.*", peak.lines),
+    "evidence_largest_batch": ("evidence_{device}/largest_batch/.*", largest_batch.lines),
     "evidence_best": ("evidence_{device}/memory/.*", memory_table.best_lines),
     "evidence_beaten": ("evidence_{device}/memory/.*", memory_table.verdict),
     "evidence_codebooks": ("evidence_{device}/codebooks/.*", codebooks_table.lines),

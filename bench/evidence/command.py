@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench.command import DTYPES, Command, count_flag, parser_of, seconds_flag
@@ -24,6 +25,7 @@ from bench.evidence import (
     convergence,
     convergence_plot,
     convergence_table,
+    largest_batch,
     memory,
     memory_plot,
     memory_table,
@@ -31,11 +33,13 @@ from bench.evidence import (
 )
 from bench.evidence.cases import Case, Store, run
 from bench.evidence.methods import METHODS, OF_CONVERGENCE, OF_MEMORY
-from bench.evidence.models import MODELS, OF_DEVICE, QUICK, Scale
+from bench.evidence.models import MODELS, QUICK, Scale, scale_for
 from bench.evidence.tasks import DATA, TASKS
 from bench.result_file import File
 
-PARTS = ("codebooks", "memory", "peak", "convergence")
+PARTS = ("codebooks", "memory", "peak", "largest_batch", "convergence")
+_ONE_BY_ONE = ("codebooks", "memory", "peak")
+"""Parts of which one process alone measures on a CPU: times are right so, and peaks have the machine's memory."""
 _QUICK_BITS = (2,)
 _QUICK_MODELS = ("Llama-3",)
 _QUICK_METHODS = {"memory": ("inductor", "budget 0.9", "default", "lean"), "peak": ("inductor", "lean")}
@@ -50,6 +54,7 @@ TABLES: Mapping[str, tuple[tuple[str, Lines], ...]] = {
         ("Methods of fewbit that another method beats in bytes, at no more time and error", memory_table.verdict),
     ),
     "peak": (("Peak of a step", peak.lines),),
+    "largest_batch": (("Largest batch", largest_batch.lines),),
     "convergence": (
         ("Convergence", convergence_table.lines),
         ("From which setting on", convergence_table.verdict_lines),
@@ -68,6 +73,7 @@ def cases_of(flags: argparse.Namespace) -> dict[str, list[Case]]:
         "codebooks": lambda: [codebooks.case(_QUICK_BITS) if flags.quick else codebooks.case()],
         "memory": lambda: list(_memory_cases(flags)),
         "peak": lambda: list(_peak_cases(flags)),
+        "largest_batch": lambda: list(_batch_cases(flags)),
         "convergence": lambda: _convergence_cases(flags),
     }
     return {name: make() for name, make in parts.items() if name in flags.parts}
@@ -75,12 +81,22 @@ def cases_of(flags: argparse.Namespace) -> dict[str, list[Case]]:
 
 def _memory_cases(flags: argparse.Namespace) -> Iterator[Case]:
     for model, method in _models_and_methods("memory", flags):
-        yield memory.case(model, method, _scale(flags), flags.dtype, flags.device.type, flags.seconds)
+        yield memory.case(model, method, _scale(flags, model), flags.dtype, flags.device.type, flags.seconds)
 
 
 def _peak_cases(flags: argparse.Namespace) -> Iterator[Case]:
+    if flags.device.type == "cuda":
+        return  # where memory and time are measured at a size that has the peak in it
     for model, method in _models_and_methods("peak", flags):
-        yield peak.case(model, method, peak.larger(_scale(flags)), flags.dtype, flags.device.type)
+        yield peak.case(model, method, peak.larger(_scale(flags, model)), flags.dtype, flags.device.type)
+
+
+def _batch_cases(flags: argparse.Namespace) -> Iterator[Case]:
+    if flags.device.type != "cuda" or flags.quick:
+        return  # a CPU has no limit of its own
+    for model in flags.models or largest_batch.MODELS_OF_PART:
+        for method in flags.methods or largest_batch.METHODS_OF_PART:
+            yield largest_batch.case(model, method, replace(_scale(flags, model), batch=4), flags.dtype)
 
 
 def _models_and_methods(part: str, flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -89,8 +105,8 @@ def _models_and_methods(part: str, flags: argparse.Namespace) -> Iterator[tuple[
     yield from ((model, method) for model in models for method in methods if method in OF_MEMORY)
 
 
-def _scale(flags: argparse.Namespace) -> Scale:
-    return QUICK if flags.quick else OF_DEVICE[flags.device.type]
+def _scale(flags: argparse.Namespace, model: str) -> Scale:
+    return QUICK if flags.quick else scale_for(model, flags.device.type)
 
 
 def _convergence_cases(flags: argparse.Namespace) -> list[Case]:
@@ -124,14 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(flags: argparse.Namespace, store: Store, command: Command) -> list[str]:
-    """One part after the other; times are taken by one process alone. Returns what failed."""
+    """One part after the other. Returns what failed."""
     environment = {DATA: str(flags.data.absolute())} if flags.data is not None else {}
     parts = cases_of(flags)
     failures: list[str] = []
     with command.progress(sum(map(len, parts.values()))) as show:
         done = 0
         for part, cases in parts.items():
-            jobs = flags.jobs if part == "convergence" else 1
+            jobs = 1 if part in _ONE_BY_ONE and flags.device.type == "cpu" else flags.jobs
             failures += run(cases, store, command.about, jobs, environment, lambda name, i, n=done: show(name, n + i))
             done += len(cases)
     return failures
@@ -166,7 +182,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=_folder, help="the folder that GLUE is in", metavar="DIR")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of memory's models (default bfloat16)")
     add("--seconds", type=seconds_flag, default=5.0, help="of timing each case (default 5)")
-    add("--jobs", type=count_flag, default=max(1, (os.cpu_count() or 1) // 2), help="trainings at a time, on a CPU")
+    jobs = max(1, (os.cpu_count() or 1) // 2)
+    add("--jobs", type=count_flag, default=jobs, help=f"processes at a time, where that disturbs nothing ({jobs})")
     add("--render", action="store_true", help="measure nothing: make tables and plots of what there is")
     return parser
 

@@ -20,18 +20,26 @@ from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.torch_private.inductor import partition_only
 
 
-def first_gradient_error(build: Callable[[], Example], method: Method, seed: int) -> float | None:
-    """Relative error of the first gradient over all parameters, or None where a method is exact by construction.
+class FirstGradient:
+    """That of a model, by any method.
 
     Args:
         build: Makes the model, each time with the same weights.
-        method: Whose gradient is compared.
         seed: Of dropout.
     """
-    if method.is_exact:
-        return None
-    exact = METHODS[REFERENCE if method.compiled else "eager"]  # what draws the same random numbers
-    return relative_error(_gradient(build(), method, seed), _gradient(build(), exact, seed))
+
+    def __init__(self, build: Callable[[], Example], seed: int) -> None:
+        self._build, self._seed = build, seed
+        self._exact: dict[str, Tensor] = {}
+
+    def of(self, method: Method) -> float | None:
+        """Relative error over all parameters, or None where a method is exact by construction."""
+        if method.is_exact:
+            return None
+        like = REFERENCE if method.compiled else "eager"  # what draws the same random numbers
+        if like not in self._exact:
+            self._exact[like] = _gradient(self._build(), METHODS[like], self._seed)
+        return relative_error(_gradient(self._build(), method, self._seed), self._exact[like])
 
 
 def _gradient(example: Example, method: Method, seed: int) -> Tensor:

@@ -1,27 +1,31 @@
-"""Memory, time and error of one method on one model: ``python -m bench.evidence.memory SETTINGS`` prints them as JSON.
+"""Memory, time and error of methods on a model: ``python -m bench.evidence.memory SETTINGS...`` prints them as JSON.
 
-A step is a forward and a backward: the optimizer is the same for all. Memory is what the allocator says, in a process
-that has compiled nothing else. Times are against torch.compile's default, in turns, afterwards.
+A step is a forward and a backward: the optimizer is the same for all. Memory is what the allocator says. Times are
+against torch.compile's default, in turns, afterwards. On a CPU each method has a process of its own, which has compiled
+nothing else. On a GPU all methods of a model share one: its allocator tells what a step adds to what lives beside it.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.architectures import Example, quiet_libraries
-from bench.evidence.cases import Case, answer
-from bench.evidence.first_gradient import first_gradient_error
+from bench.evidence.cases import Case, Settings, answer_together, failure
+from bench.evidence.first_gradient import FirstGradient
 from bench.evidence.methods import METHODS, REFERENCE, Method
 from bench.evidence.models import Scale, built
-from bench.measure import Memory, keep_freed_memory
+from bench.evidence.turns import alone, preparing
+from bench.measure import Memory, keep_freed_memory, lived_bytes
 from bench.timing import Timing, clock_for, compare
+from fewbit_fx.torch_private.dynamo import each_compiled_anew
 
 PART, SEED = "memory", 0
 
@@ -60,7 +64,7 @@ def case(model: str, method: str, scale: Scale, dtype: str, device: str, seconds
         "device": device,
         "seconds": seconds,
     }
-    return Case(PART, f"{model}, {method}", settings)
+    return Case(PART, f"{model}, {method}", settings, process=model if device == "cuda" else None)
 
 
 class Step:
@@ -79,36 +83,59 @@ class Step:
             parameter.grad = None
 
 
-def measure(settings: dict[str, Any]) -> Result:
-    """All of a case, in this process."""
-    method, device = METHODS[settings["method"]], torch.device(settings["device"])
-    build = functools.partial(example_of, settings)
-    error = first_gradient_error(build, method, SEED)
-    torch.compiler.reset()
-    step = Step(build(), method)
+def measure(cases: Sequence[Settings]) -> list[dict[str, Any]]:
+    """A result, or how it failed, for each of the cases, which differ in their method, in this process."""
+    first, device = cases[0], torch.device(cases[0]["device"])
+    methods = [METHODS[settings["method"]] for settings in cases]
+    with preparing(), each_compiled_anew(len(methods) + 1):
+        build = functools.partial(copy.deepcopy, example_of(first))
+        first_gradient = FirstGradient(build, SEED)
+        errors = {method.name: first_gradient.of(method) for method in methods}
+        torch.compiler.reset()
+        steps, memories, failures = {}, {}, {}
+        for method in methods:
+            try:
+                step = Step(build(), method)
+                memories[method.name] = memory_of(step, device)
+                steps[method.name] = step
+            except Exception as error:
+                if len(methods) == 1:
+                    raise
+                failures[method.name] = failure(error)
+        plain = steps.get(REFERENCE) or Step(build(), METHODS[REFERENCE])
+        plain()
+        torch.cuda.empty_cache()  # the other processes' turn
+    with alone():
+        timings = compare({REFERENCE: plain, **steps}, clock=clock_for(device), seconds=len(cases) * first["seconds"])
+    found = {name: asdict(Result(memories[name], timings[name], errors[name])) for name in steps}
+    return [found.get(m.name) or failures[m.name] for m in methods]
+
+
+def memory_of(step: Step, device: torch.device) -> Memory:
+    """Of a step, above what lives beside it and its own parameters."""
+    step()
+    lived = lived_bytes(device)
     memory = Memory.of_training(step, step.forward, device)
-    steps = {REFERENCE: step if method.name == REFERENCE else Step(build(), METHODS[REFERENCE]), method.name: step}
-    timings = compare(steps, clock=clock_for(device), seconds=settings["seconds"])
-    return Result(memory, timings[method.name], error)
+    return replace(memory, peak_bytes=memory.peak_bytes - lived)
 
 
-def example_of(settings: dict[str, Any]) -> Example:
+def example_of(settings: Settings) -> Example:
     """The model of a case and its inputs."""
     dtype, device = getattr(torch, settings["dtype"]), torch.device(settings["device"])
     return built(settings["model"], Scale(**settings["scale"]), dtype, device, SEED)
 
 
-def answer_for_memory(measure: Callable[[dict[str, Any]], Any], arguments: Sequence[str] | None) -> None:
-    """Be the process of a case that measures memory: quiet, and such that the allocator keeps what is freed.
+def answer_for_memory(measure: Callable[[list[Settings]], list[Any]], arguments: Sequence[str] | None) -> None:
+    """Be the process of cases that measure memory: quiet, and such that the allocator keeps what is freed.
 
     Args:
-        measure: Takes the settings, returns a dataclass.
+        measure: Takes the settings of each case, returns what JSON has for each.
         arguments: As of :func:`bench.evidence.cases.answer`.
     """
     warnings.simplefilter("ignore")
     quiet_libraries()
     keep_freed_memory()
-    answer(lambda settings: asdict(measure(settings)), arguments)
+    answer_together(measure, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

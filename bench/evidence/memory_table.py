@@ -21,7 +21,7 @@ def lines(files: Sequence[File]) -> Iterator[str]:
     found = points(files)
     methods = _usual(found)
     yield from markdown(["bytes held, time, error", *methods], *_grid(found, methods))
-    yield f"\n<sub>{_CAPTION} {_sizes(files[0].data['settings'])} {measured_with(files)}.</sub>"
+    yield f"\n<sub>{_CAPTION} {_sizes([f.data['settings'] for f in files])} {measured_with(files)}.</sub>"
 
 
 def all_lines(files: Sequence[File]) -> Iterator[str]:
@@ -63,11 +63,12 @@ _CAPTION = (
 )
 
 
-def _sizes(settings: dict) -> str:  # type: ignore[type-arg]
-    scale = settings["scale"]
+def _sizes(settings: Sequence[dict]) -> str:  # type: ignore[type-arg]
+    scale = settings[0]["scale"]
     widths = "real widths" if scale["narrower"] == 1 else f"widths divided by {scale['narrower']}"
+    batches = " or, of images, ".join(str(b) for b in sorted({each["scale"]["batch"] for each in settings}))
     return (
-        f"{settings['dtype']}, {scale['layers']} layers of {widths}, batch {scale['batch']}, "
+        f"{settings[0]['dtype']}, {scale['layers']} layers of {widths}, batch {batches}, "
         f"{scale['tokens']} tokens, images of {scale['image']} pixels."
     )
 

@@ -43,10 +43,21 @@ class Scale:
 
 QUICK = Scale(layers=1, batch=2, tokens=64, image=64, narrower=4)
 """Seconds on two cores."""
-OF_DEVICE: Mapping[str, Scale] = {"cpu": Scale(), "cuda": Scale(layers=4, batch=16, tokens=1024)}
+OF_DEVICE: Mapping[str, Scale] = {"cpu": Scale(), "cuda": Scale(layers=4, batch=8, tokens=1024)}
 """Real widths."""
+_IMAGES_ON_A_GPU = 64
+"""A batch of them: of ViT about as many tokens as there are in a batch of sequences."""
 
 Build = Callable[[Scale], Example]
+
+
+def scale_for(model: str, device: str) -> Scale:
+    """What suits a model and a device."""
+    scale = OF_DEVICE[device]
+    if device == "cpu" or model not in OF_IMAGES:
+        return scale
+    layers = scale.layers if model == "ViT" else OF_DEVICE["cpu"].layers  # of each of four stages
+    return replace(scale, batch=_IMAGES_ON_A_GPU, layers=layers)
 
 
 def model_named(name: str) -> Build:
@@ -265,6 +276,8 @@ MODELS: Mapping[str, Build] = {
     "ResNet": _resnet,
 }
 """By name, in the order of tables: base sizes, Llama-3.2-1B, Qwen3-0.6B, T5 1.1 base, Whisper small, SD3 medium."""
+OF_IMAGES = ("ViT", "diffusion U-Net", "ConvNeXt", "ResNet")
+"""Those that take a batch of images alone."""
 
 
 def built(name: str, scale: Scale, dtype: torch.dtype, device: torch.device, seed: int) -> Example:

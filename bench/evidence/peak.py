@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from bench.comparison import mebibytes
-from bench.evidence.cases import Case
-from bench.evidence.memory import Step, answer_for_memory, example_of
+from bench.evidence.cases import Case, Settings
+from bench.evidence.memory import Step, answer_for_memory, example_of, memory_of
 from bench.evidence.methods import METHODS, REFERENCE
 from bench.evidence.models import MODELS, Scale
-from bench.measure import Memory
 from bench.result_file import File, markdown, measured_with
 
 PART = "peak"
@@ -35,15 +34,16 @@ def case(model: str, method: str, scale: Scale, dtype: str, device: str) -> Case
     return Case(PART, f"{model}, {method}", settings)
 
 
-def measure(settings: dict[str, Any]) -> Memory:
+def measure(cases: Sequence[Settings]) -> list[dict[str, int]]:
     """All of a case, in this process."""
+    (settings,) = cases
     step = Step(example_of(settings), METHODS[settings["method"]])
-    return Memory.of_training(step, step.forward, torch.device(settings["device"]))
+    return [asdict(memory_of(step, torch.device(settings["device"])))]
 
 
 def lines(files: Sequence[File]) -> Iterator[str]:
-    """A row for each model, a column for each method."""
-    found = {(f.data["settings"]["model"], f.data["settings"]["method"]): f.data["result"] for f in files}
+    """A row for each model, a column for each method, of files of this part or of memory and time."""
+    found = {(f.data["settings"]["model"], f.data["settings"]["method"]): _memory_in(f.data["result"]) for f in files}
     methods = [name for name in METHODS if any((model, name) in found for model in MODELS)]
     models = [name for name in MODELS if (name, REFERENCE) in found]
     rows = ([model, *(_cell(found, model, method) for method in methods)] for model in models)
@@ -57,6 +57,10 @@ _CAPTION = (
     "Peak of a forward and a backward, with gradients, without parameters; in brackets the bytes held between them. "
     "Both are compared with torch.compile's default."
 )
+
+
+def _memory_in(result: dict[str, Any]) -> dict[str, int]:
+    return result.get("memory", result)  # type: ignore[no-any-return]
 
 
 def _cell(found: dict[tuple[str, str], dict[str, int]], model: str, method: str) -> str:

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch._dynamo import lookup_backend, register_backend  # the registry behind torch.compile(backend="name")
 from torch._guards import CompileContext
 
-__all__ = ["compile_id", "compiled_callable", "lookup_backend", "register_backend"]
+__all__ = ["compile_id", "compiled_callable", "each_compiled_anew", "lookup_backend", "register_backend"]
 
 
 def compile_id() -> str:
     """Dynamo's id of the compilation under way, such as ``0/1`` (frame/recompile), or ``-``."""
     current = CompileContext.current_compile_id()
     return str(current) if current is not None else "-"
+
+
+def each_compiled_anew(times: int) -> AbstractContextManager[None]:
+    """Let the same code be compiled so often, with a backend each; Dynamo runs it uncompiled beyond its limit.
+
+    An error tells of what goes beyond.
+    """
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(
+        recompile_limit=times, accumulated_recompile_limit=2 * times, fail_on_recompile_limit_hit=True
+    )
+    return patched
 
 
 def compiled_callable() -> Callable[..., Any] | None:
