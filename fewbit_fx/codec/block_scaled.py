@@ -130,9 +130,12 @@ def _even_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def _bent_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
     magnitude = (blocks * (_BENT_REACH / scale)).abs().clamp_max(1 - 2**-8)
-    # w by the formula for roots that loses no digits to cancellation.
-    share = 2 * magnitude / (1 - _BEND + ((1 - _BEND) ** 2 + 4 * _BEND * magnitude).sqrt())
-    return (share * torch.where(blocks < 0, -_zero(bits) - 1.0, _zero(bits))).floor()
+    square = (1 - _BEND) ** 2 + 4 * _BEND * magnitude
+    root = square * square.rsqrt()  # which is one instruction of a GPU; a root is a call
+    share = ((root - (1 - _BEND)) * (1 / (2 * _BEND))).clamp_min(0)  # of tiny magnitudes little is left, and no sign
+    negative = blocks < 0
+    interval = (share * torch.where(negative, _zero(bits) + 1, _zero(bits))).floor()
+    return torch.where(negative, -1 - interval, interval)
 
 
 def decode_values(
@@ -156,7 +159,7 @@ def decode_values(
     Returns:
         Tensor of that shape and dtype.
     """
-    each = saved_per_part(bits, like.device)
+    each = saved_per_part(bits)
     each_saved = [saved[i : i + each] for i in range(0, len(saved), each)]
     if stochastic:
         return layout.join([_decoded_stochastic(part, bits, shares, like.dtype) for part in each_saved], like)
@@ -200,9 +203,9 @@ def block_layout(x: Tensor, bits: int) -> PlaneLayout:
     return plane_layout(x, lanes=(blocks_per_group(bits, x.device),))
 
 
-def saved_per_part(bits: int, device: torch.device) -> int:
+def saved_per_part(bits: int) -> int:
     """How many tensors are saved for each part of a layout: the fields and the scales."""
-    return len(field_widths(bits, device)) + 1
+    return len(field_widths(bits)) + 1
 
 
 def _zero(bits: int) -> float:
