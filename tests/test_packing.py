@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewbit_fx.codec.packing import blocks_per_group, field_widths, pack, unpack
+from fewbit_fx.codec.packing import blocks_per_group, pack, tensors_of_codes, unpack
 
 CPU = torch.device("cpu")
 
@@ -26,9 +26,4 @@ def test_codes_come_back(bits: int, as_bytes: bool, seed: int, groups: int) -> N
         packed = pack(codes, bits)
         assert torch.equal(unpack(packed, bits), codes)
         assert sum(t.numel() * t.element_size() for t in packed) * 8 == codes.numel() * bits
-        assert len(packed) == len(field_widths(bits))
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_the_widths_of_fields_sum_to_the_bits(bits: int) -> None:
-    assert sum(field_widths(bits)) == bits
+        assert len(packed) == tensors_of_codes(bits, CPU)

@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from bench.command import DTYPES, Command, count_flag, parser_of, seconds_flag
@@ -96,7 +95,7 @@ def _batch_cases(flags: argparse.Namespace) -> Iterator[Case]:
         return  # a CPU has no limit of its own
     for model in flags.models or largest_batch.MODELS_OF_PART:
         for method in flags.methods or largest_batch.METHODS_OF_PART:
-            yield largest_batch.case(model, method, replace(_scale(flags, model), batch=4), flags.dtype)
+            yield largest_batch.case(model, method, largest_batch.smallest(_scale(flags, model)), flags.dtype)
 
 
 def _models_and_methods(part: str, flags: argparse.Namespace) -> Iterator[tuple[str, str]]:

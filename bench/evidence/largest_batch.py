@@ -24,6 +24,7 @@ METHODS_OF_PART = ("inductor", "budget 0.9", "checkpoint", "default", "lean")
 MODELS_OF_PART = ("GPT-2", "ViT", "Llama-3", "Llama-3, LoRA on everything")
 _LIMIT_GIB = 8
 _EXACT_TO = 0.02  # of the batch
+_FIRST = 4
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ def case(model: str, method: str, scale: Scale, dtype: str) -> Case:
     return Case(PART, f"{model}, {method}", {**settings, "limit_gib": _LIMIT_GIB})
 
 
+def smallest(scale: Scale) -> Scale:
+    """Where to begin: shorter sequences than elsewhere, so that a batch has many."""
+    return replace(scale, batch=_FIRST, tokens=scale.tokens // 2)
+
+
 def largest(peak_of: Callable[[int], int | None], limit: int, start: int) -> tuple[int, int]:
     """The largest batch that fits, to two hundredths, and its peak.
 
@@ -56,9 +62,12 @@ def largest(peak_of: Callable[[int], int | None], limit: int, start: int) -> tup
     Raises:
         MemoryError: It does not.
     """
-    peaks = {batch: peak for batch in (start, 2 * start) if (peak := peak_of(batch)) is not None}
-    if len(peaks) < 2:
-        raise MemoryError(f"a batch of {2 * start} does not fit into {limit:,} bytes")
+    peaks: dict[int, int] = {}
+    for batch in (start, 2 * start):
+        peak = peak_of(batch)
+        if peak is None:
+            raise MemoryError(f"a batch of {batch} does not fit into {limit:,} bytes")
+        peaks[batch] = peak
     too_large: int | None = None
     while too_large is None or too_large - max(peaks) > max(1, round(_EXACT_TO * max(peaks))):
         batch = _next(peaks, limit, too_large)

@@ -28,6 +28,7 @@ from bench.timing import Timing, clock_for, compare
 from fewbit_fx.torch_private.dynamo import each_compiled_anew
 
 PART, SEED = "memory", 0
+_COMPILATIONS = 1024  # of the same code: for each method, of a model's block for each of its layers
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def measure(cases: Sequence[Settings]) -> list[dict[str, Any]]:
     """A result, or how it failed, for each of the cases, which differ in their method, in this process."""
     first, device = cases[0], torch.device(cases[0]["device"])
     methods = [METHODS[settings["method"]] for settings in cases]
-    with preparing(), each_compiled_anew(len(methods) + 1):
+    with preparing(), each_compiled_anew(_COMPILATIONS):
         build = functools.partial(copy.deepcopy, example_of(first))
         first_gradient = FirstGradient(build, SEED)
         errors = {method.name: first_gradient.of(method) for method in methods}

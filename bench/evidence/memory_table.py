@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from bench.comparison import mebibytes
 from bench.evidence.frontier import NOISE, Point, frontier, points
 from bench.evidence.methods import METHODS, REFERENCE
+from bench.evidence.models import sizes_of
 from bench.result_file import File, markdown, measured_with
 
 SMALL_ERROR = 0.02
@@ -21,7 +22,7 @@ def lines(files: Sequence[File]) -> Iterator[str]:
     found = points(files)
     methods = _usual(found)
     yield from markdown(["bytes held, time, error", *methods], *_grid(found, methods))
-    yield f"\n<sub>{_CAPTION} {_sizes([f.data['settings'] for f in files])} {measured_with(files)}.</sub>"
+    yield f"\n<sub>{_CAPTION} {_sizes(files)}. {measured_with(files)}.</sub>"
 
 
 def all_lines(files: Sequence[File]) -> Iterator[str]:
@@ -63,14 +64,8 @@ _CAPTION = (
 )
 
 
-def _sizes(settings: Sequence[dict]) -> str:  # type: ignore[type-arg]
-    scale = settings[0]["scale"]
-    widths = "real widths" if scale["narrower"] == 1 else f"widths divided by {scale['narrower']}"
-    batches = " or, of images, ".join(str(b) for b in sorted({each["scale"]["batch"] for each in settings}))
-    return (
-        f"{settings[0]['dtype']}, {scale['layers']} layers of {widths}, batch {batches}, "
-        f"{scale['tokens']} tokens, images of {scale['image']} pixels."
-    )
+def _sizes(files: Sequence[File]) -> str:
+    return f"{files[0].data['settings']['dtype']}, {sizes_of(f.data['settings']['scale'] for f in files)}"
 
 
 def _cell(point: Point, is_beaten: bool = False) -> str:

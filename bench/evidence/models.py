@@ -8,8 +8,8 @@ Needs transformers; the diffusion models need diffusers, LoRA peft.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -45,8 +45,13 @@ QUICK = Scale(layers=1, batch=2, tokens=64, image=64, narrower=4)
 """Seconds on two cores."""
 OF_DEVICE: Mapping[str, Scale] = {"cpu": Scale(), "cuda": Scale(layers=4, batch=8, tokens=1024)}
 """Real widths."""
-_IMAGES_ON_A_GPU = 64
-"""A batch of them: of ViT about as many tokens as there are in a batch of sequences."""
+_SMALL, _IMAGES, _CONVOLUTIONS = {"batch": 16}, {"batch": 128}, {"batch": 128, "layers": 1}
+_ON_A_GPU: Mapping[str, Mapping[str, int]] = {
+    **dict.fromkeys(("RoBERTa", "GPT-2", "T5", "Whisper"), _SMALL),
+    "ViT": _IMAGES,
+    **dict.fromkeys(("diffusion U-Net", "ConvNeXt", "ResNet"), _CONVOLUTIONS),
+}
+"""What else than its scale suits a model on a GPU, which has to be busy for longer than Python needs to launch."""
 
 Build = Callable[[Scale], Example]
 
@@ -54,10 +59,7 @@ Build = Callable[[Scale], Example]
 def scale_for(model: str, device: str) -> Scale:
     """What suits a model and a device."""
     scale = OF_DEVICE[device]
-    if device == "cpu" or model not in OF_IMAGES:
-        return scale
-    layers = scale.layers if model == "ViT" else OF_DEVICE["cpu"].layers  # of each of four stages
-    return replace(scale, batch=_IMAGES_ON_A_GPU, layers=layers)
+    return replace(scale, **_ON_A_GPU.get(model, {})) if device == "cuda" else scale
 
 
 def model_named(name: str) -> Build:
@@ -108,6 +110,7 @@ def _gpt2(scale: Scale) -> Example:
         n_embd=768 // scale.narrower,
         n_head=12 // scale.narrower,
         vocab_size=vocabulary,
+        use_cache=False,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     )
     return _text(hf.GPT2LMHeadModel(config), vocabulary, scale)
@@ -276,8 +279,24 @@ MODELS: Mapping[str, Build] = {
     "ResNet": _resnet,
 }
 """By name, in the order of tables: base sizes, Llama-3.2-1B, Qwen3-0.6B, T5 1.1 base, Whisper small, SD3 medium."""
-OF_IMAGES = ("ViT", "diffusion U-Net", "ConvNeXt", "ResNet")
-"""Those that take a batch of images alone."""
+
+
+def sizes_of(scales: Iterable[Mapping[str, int]]) -> str:
+    """What the models of a table are measured at, for its caption.
+
+    Args:
+        scales: Each a Scale, as a file has it.
+    """
+    scales = list(scales)
+    each = {name: sorted({scale[name] for scale in scales}) for name in asdict(QUICK)}
+    layers, batch, tokens, image = (_range(each[name]) for name in ("layers", "batch", "tokens", "image"))
+    (narrower,) = each["narrower"]
+    widths = "real widths" if narrower == 1 else f"widths divided by {narrower}"
+    return f"{layers} layers of {widths}, batch {batch}, {tokens} tokens, images of {image} pixels"
+
+
+def _range(values: Sequence[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
 def built(name: str, scale: Scale, dtype: torch.dtype, device: torch.device, seed: int) -> Example:

@@ -16,7 +16,7 @@ from bench.comparison import mebibytes
 from bench.evidence.cases import Case, Settings
 from bench.evidence.memory import Step, answer_for_memory, example_of, memory_of
 from bench.evidence.methods import METHODS, REFERENCE
-from bench.evidence.models import MODELS, Scale
+from bench.evidence.models import MODELS, Scale, sizes_of
 from bench.result_file import File, markdown, measured_with
 
 PART = "peak"
@@ -48,9 +48,8 @@ def lines(files: Sequence[File]) -> Iterator[str]:
     models = [name for name in MODELS if (name, REFERENCE) in found]
     rows = ([model, *(_cell(found, model, method) for method in methods)] for model in models)
     yield from markdown(["peak of a step, held", *methods], *rows)
-    scale = files[0].data["settings"]["scale"]
-    sizes = f"{scale['layers']} layers, batch {scale['batch']}, {scale['tokens']} tokens"
-    yield f"\n<sub>{_CAPTION} {files[0].data['settings']['dtype']}, {sizes}. {measured_with(files)}.</sub>"
+    dtype, sizes = files[0].data["settings"]["dtype"], sizes_of(f.data["settings"]["scale"] for f in files)
+    yield f"\n<sub>{_CAPTION} {dtype}, {sizes}. {measured_with(files)}.</sub>"
 
 
 _CAPTION = (

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from fewbit_fx.codec.bitplanes import PlaneLayout, plane_layout
 from fewbit_fx.codec.dither import uniform
-from fewbit_fx.codec.packing import blocks_per_group, field_widths, pack, unpack
+from fewbit_fx.codec.packing import blocks_per_group, pack, tensors_of_codes, unpack
 from fewbit_fx.torch_private.inductor import keeps_rounding
 
 SCALE_DTYPE = torch.bfloat16
@@ -129,10 +129,11 @@ def _even_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _bent_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
-    magnitude = (blocks * (_BENT_REACH / scale)).abs().clamp_max(1 - 2**-8)
+    magnitude = (blocks * (_BENT_REACH / scale)).abs()
+    magnitude = torch.where(magnitude < 1, magnitude, 1 - 2**-8)  # what is not finite is its scale, whatever its code
     square = (1 - _BEND) ** 2 + 4 * _BEND * magnitude
     root = square * square.rsqrt()  # which is one instruction of a GPU; a root is a call
-    share = ((root - (1 - _BEND)) * (1 / (2 * _BEND))).clamp_min(0)  # of tiny magnitudes little is left, and no sign
+    share = ((root - (1 - _BEND)) * (1 / (2 * _BEND))).abs()  # of tiny magnitudes rounding is left, of either sign
     negative = blocks < 0
     interval = (share * torch.where(negative, _zero(bits) + 1, _zero(bits))).floor()
     return torch.where(negative, -1 - interval, interval)
@@ -159,7 +160,7 @@ def decode_values(
     Returns:
         Tensor of that shape and dtype.
     """
-    each = saved_per_part(bits)
+    each = saved_per_part(bits, like.device)
     each_saved = [saved[i : i + each] for i in range(0, len(saved), each)]
     if stochastic:
         return layout.join([_decoded_stochastic(part, bits, shares, like.dtype) for part in each_saved], like)
@@ -203,9 +204,9 @@ def block_layout(x: Tensor, bits: int) -> PlaneLayout:
     return plane_layout(x, lanes=(blocks_per_group(bits, x.device),))
 
 
-def saved_per_part(bits: int) -> int:
+def saved_per_part(bits: int, device: torch.device) -> int:
     """How many tensors are saved for each part of a layout: the fields and the scales."""
-    return len(field_widths(bits)) + 1
+    return tensors_of_codes(bits, device) + 1
 
 
 def _zero(bits: int) -> float:

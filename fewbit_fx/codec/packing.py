@@ -25,14 +25,14 @@ def packs_bytes(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def field_widths(bits: int) -> tuple[int, ...]:
-    """The widths of the fields of a code, the most significant first; they sum to ``bits``."""
-    return (_BYTE,) if bits == _BYTE else tuple(width for width in (4, 2, 1) if bits & width)
+def tensors_of_codes(bits: int, device: torch.device) -> int:
+    """How many tensors hold the codes of as many bits."""
+    return 1 if bits == _BYTE else len(_fields(bits)) if packs_bytes(device) else bits
 
 
 def blocks_per_group(bits: int, device: torch.device) -> int:
     """How many blocks share bytes."""
-    return _BYTE // min(field_widths(bits)) if packs_bytes(device) else 1
+    return _BYTE // min(width for width, _ in _fields(bits)) if packs_bytes(device) else 1
 
 
 def pack(codes: Tensor, bits: int) -> list[Tensor]:
@@ -44,61 +44,68 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
         bits: Bits of a code.
 
     Returns:
-        With 8 bits the codes, int8 of their shape. Else for each field int32 of shape (..., blocks * width / 8, 8), or,
-        where a block has words of its own, (..., blocks, width).
+        With 8 bits the codes, int8 of their shape. Else for each field one tensor, int32 of shape
+        (..., blocks * width / 8, 8), or, where a block has words of its own, ``width`` of shape (..., blocks, 1).
     """
     if bits == _BYTE:
         return [codes.to(torch.int8)]
     from_zero = codes + 2.0 ** (bits - 1)
-    if not packs_bytes(codes.device):
-        whole = from_zero.to(torch.int32)
-        return [_words_of_block(whole >> below if below else whole, width) for width, below in _fields(bits)]
-    words = from_zero.to(torch.int8).view(torch.int32)
-    return [_pack_field(words >> below, width) for width, below in _fields(bits)]
+    if packs_bytes(codes.device):
+        words = from_zero.to(torch.int8).view(torch.int32)
+        return [_pack_field(_shifted_right(words, below), width) for width, below in _fields(bits)]
+    whole = from_zero.to(torch.int32)
+    fields = [_words_of_block(_shifted_right(whole, below), width) for width, below in _fields(bits)]
+    return [word for words in fields for word in words]
 
 
 def unpack(packed: Sequence[Tensor], bits: int) -> Tensor:
     """The codes of :func:`pack`, float32 of their shape."""
     if bits == _BYTE:
         return packed[0].to(torch.float32)
-    in_bytes = packs_bytes(packed[0].device)
-    unpack_field = _unpack_field if in_bytes else _fields_of_block
-    words = None
-    for field, (width, below) in zip(packed, _fields(bits), strict=True):
-        word = unpack_field(field, width)
-        word = word << below if below else word
-        words = word if words is None else words | word
-    assert words is not None, "there is a field"
-    return (words.view(torch.int8) if in_bytes else words).to(torch.float32) - 2.0 ** (bits - 1)
+    if packs_bytes(packed[0].device):
+        fields = [_unpack_field(field, width) for field, (width, _) in zip(packed, _fields(bits), strict=True)]
+    else:
+        words = iter(packed)
+        fields = [_fields_of_block([next(words) for _ in range(width)], width) for width, _ in _fields(bits)]
+    whole = fields[-1]
+    for field, (_, below) in zip(fields[:-1], _fields(bits), strict=False):
+        whole = whole | (field << below)
+    codes = whole.view(torch.int8) if packs_bytes(packed[0].device) else whole
+    return codes.to(torch.float32) - 2.0 ** (bits - 1)
 
 
 def _fields(bits: int) -> list[tuple[int, int]]:
-    """The width of each field, and how many bits of the code lie below it."""
-    widths = field_widths(bits)
+    """The width of each field, the most significant first, and how many bits of the code lie below it."""
+    widths = [width for width in (_BYTE, 4, 2, 1) if bits & width]
     return [(width, sum(widths[i + 1 :])) for i, width in enumerate(widths)]
 
 
-def _words_of_block(codes: Tensor, width: int) -> Tensor:
-    """The lowest bits of the int32 codes of a block, (..., 32) -> (..., width): so many neighbours as fit share a word.
+def _shifted_right(codes: Tensor, by: int) -> Tensor:
+    return codes >> by if by else codes
+
+
+def _words_of_block(codes: Tensor, width: int) -> list[Tensor]:
+    """The lowest bits of the int32 codes of a block, (..., 32) -> words (..., 1): so many neighbours as fit share one.
 
     All are sums over the whole block, which a GPU's kernel has in one loop.
     """
-    place, word = _places(width, codes.device)
+    place, number = _places(width, codes.device)
     shifted = (codes & (2**width - 1)) << place
     zero = torch.zeros((), dtype=torch.int32, device=codes.device)
-    sums = [torch.where(word == i, shifted, zero).sum(-1, keepdim=True, dtype=torch.int32) for i in range(width)]
-    return torch.cat(sums, -1)
+    return [torch.where(number == i, shifted, zero).sum(-1, keepdim=True, dtype=torch.int32) for i in range(width)]
 
 
-def _fields_of_block(words: Tensor, width: int) -> Tensor:
-    """The fields of :func:`_words_of_block`, (..., width) -> (..., 32)."""
-    place, _ = _places(width, words.device)
-    each = words.unsqueeze(-1).expand(*words.shape, WORD_BITS // width).reshape(*words.shape[:-1], WORD_BITS)
-    return (each >> place) & (2**width - 1)
+def _fields_of_block(words: Sequence[Tensor], width: int) -> Tensor:
+    """The fields of :func:`_words_of_block`, of shape (..., 32)."""
+    place, number = _places(width, words[0].device)
+    own = words[-1]
+    for i in reversed(range(width - 1)):
+        own = torch.where(number == i, words[i], own)
+    return (own >> place) & (2**width - 1)
 
 
 def _places(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each element of a block: how far its field is shifted, and in which word of the block it is."""
+    """For each element of a block: how far its field is shifted, and the number of its word."""
     number = torch.arange(WORD_BITS, dtype=torch.int32, device=device)
     in_a_word = WORD_BITS // width
     return (number % in_a_word) * width, number // in_a_word
