@@ -7,6 +7,7 @@ is a compilation: a line through the peaks of two tells where to try.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -107,6 +108,7 @@ def measure(cases: Sequence[Settings]) -> list[dict[str, int]]:
 
 def _peak(settings: Settings) -> int:
     torch.compiler.reset()
+    gc.collect()  # what did not fit may be held by a graph that failed
     torch.cuda.empty_cache()
     step = Step(example_of(settings), METHODS[settings["method"]])
     step()
