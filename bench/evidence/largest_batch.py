@@ -23,7 +23,7 @@ PART = "largest_batch"
 GiB = 2**30
 METHODS_OF_PART = ("inductor", "budget 0.9", "checkpoint", "default", "lean")
 MODELS_OF_PART = ("GPT-2", "ViT", "Llama-3", "Llama-3, LoRA on everything")
-_LIMIT_GIB = 8
+_LIMIT_GIB = 6
 _EXACT_TO = 0.02  # of the batch
 _FIRST = 4
 
