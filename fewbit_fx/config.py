@@ -75,9 +75,9 @@ class FewBitConfig:
             Probabilities in place of logits are always rounded at random.
         recompute: Compute pointwise operations again in the backward where that saves memory.
         min_numel: Tensors of fewer elements are left exact. Elements, 0 or more.
-        max_relative_error: A derivative whose best codebook has a larger relative error
-            (root mean square of the error over that of the derivative) is left exact.
-            A ratio, above 0.
+        max_relative_error: What codes are predicted to leave a larger relative error in is left exact: the derivative
+            of a best codebook, or what the backward computes from coded values, such as the cosine of large angles
+            (root mean square of the error over that of the derivative or value). A ratio, above 0.
         derivatives: Code the derivatives of pointwise nonlinearities.
         masks: Pack boolean masks (ReLU family, dropout) to one exact bit per element.
         strict: Raise on a fault inside fewbit-fx, instead of one warning and the exact graph.
@@ -126,7 +126,7 @@ class FewBitConfig:
     recompute: bool = _of_recipe("", "compute pointwise operations again in the backward where that saves memory")
     min_numel: int = _option(4096, "elements", "tensors of fewer elements are left exact")
     max_relative_error: float = _option(
-        0.5, "ratio", "a derivative whose best codebook has a larger relative error is left exact"
+        0.5, "ratio", "what codes are predicted to leave a larger relative error in is left exact"
     )
     derivatives: bool = _of_recipe("", "code derivatives of pointwise nonlinearities", kw_only=False)
     masks: bool = _option(True, "", "pack boolean masks to one exact bit per element")

@@ -132,4 +132,8 @@ def propose_value_codes(site: Site, config: FewBitConfig) -> Decision | None:
         return Exact(Reason.of(Cause.DTYPE, dtype=str(dtype).removeprefix("torch.")))
     # Rounded to the nearest, all small probabilities of a row would become 0, and the gradient of its logits wrong in
     # one direction: twice as much as it is scattered (bench.bias). At random it has no bias, and scatters no more.
-    return decoded_alone(ValueCodes(site, bits, stochastic=site.shares or config.rounding == "stochastic"))
+    codes = ValueCodes(site, bits, stochastic=site.shares or config.rounding == "stochastic")
+    error, limit = codes.relative_error * site.amplification, config.max_relative_error
+    if error > limit:
+        return Exact(Reason.of(Cause.ERROR_TOO_LARGE, bits=bits, relative_error=error, max_relative_error=limit))
+    return decoded_alone(codes)

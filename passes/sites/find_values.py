@@ -26,6 +26,7 @@ from ..graph import (
 )
 from ..partition import Partition
 from ..reasons import Cause, Reason
+from .amplification import amplification
 from .value_site import Reader, ValueSite
 
 DATA, STATISTIC, INTEGER = Reason(Cause.DATA), Reason(Cause.STATISTIC), Reason(Cause.INTEGER)
@@ -71,7 +72,8 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
         probabilities = _probabilities(read[node.name], gradients) if is_softmax else None
         if probabilities is not None:
             return ValueSite(nodes[probabilities.name], Reader.SOFTMAX, shares=True)
-        return ValueSite(node, readers[node.name], kept_as(node))
+        grows = amplification(read[node.name], gradients, _is_exponential_of_a_softmax)
+        return ValueSite(node, readers[node.name], kept_as(node), amplification=grows)
 
     found = (
         site(nodes[n.name])

@@ -43,11 +43,13 @@ class ValueSite(TensorSite):
         reader: What reads it, the most sensitive of several readers.
         kept_as: Why its values are left exact whatever the options say; None where a code may stand for them.
         shares: Whether its values are from 0 to 1, shares of a whole.
+        amplification: How much larger than the error of its codes the error of what gradients meet may be.
     """
 
     reader: Reader
     kept_as: Reason | None = None
     shares: bool = False
+    amplification: float = 1.0
 
     @property
     def is_last_resort(self) -> bool:
