@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from bench.architectures import Example
-from bench.evidence import codebooks, codebooks_table, command, memory, memory_plot, memory_table, peak
-from bench.evidence.cases import Case, Store, run
-from bench.evidence.first_gradient import first_gradient_error
+from bench.evidence import cases as evidence_cases
+from bench.evidence import codebooks, codebooks_table, command, largest_batch, memory, memory_plot, memory_table, peak
+from bench.evidence.cases import Case, Store, failure, run
+from bench.evidence.first_gradient import FirstGradient
 from bench.evidence.frontier import NOISE, Point, frontier, points
-from bench.evidence.methods import METHODS, OF_CONVERGENCE, OF_MEMORY, REFERENCE, blocks
+from bench.evidence.methods import METHODS, OF_CONVERGENCE, OF_MEMORY, REFERENCE, Method, blocks
 from bench.evidence.models import MODELS, QUICK, built, model_named
 from bench.evidence.piecewise import RELU_SUMS, paper_levels
+from bench.evidence.turns import alone, preparing, turns_for_all
 from bench.machine import CHECKOUT
 from fewbit_fx.codebooks.activations import ACTIVATIONS, derivative_of
 
@@ -58,13 +62,14 @@ def example() -> Example:
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.is_exact])
 def test_exact_methods_say_so(name: str) -> None:
-    assert first_gradient_error(example, METHODS[name], 0) is None
+    assert FirstGradient(example, 0).of(METHODS[name]) is None
     assert name in ("eager", "inductor", "budget 0.9", "budget 0.5", "checkpoint", "exact")
 
 
 def test_errors_of_gradients_are_as_their_bits() -> None:
     names = "fp8 e5m2", "fp8 e4m3fn", "derivatives, 1 bit", "derivatives, 3 bits", "default"
-    errors = {name: first_gradient_error(example, METHODS[name], 0) for name in names}
+    first = FirstGradient(example, 0)
+    errors = {name: first.of(METHODS[name]) for name in names}
     assert errors["fp8 e5m2"] > errors["fp8 e4m3fn"] > errors["default"] > 0  # type: ignore[operator]
     assert errors["derivatives, 1 bit"] > errors["derivatives, 3 bits"] > 0  # type: ignore[operator]
 
@@ -137,13 +142,14 @@ def test_a_case_has_a_file_of_its_own() -> None:
 def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, measured = Store(tmp_path), []
 
-    def measure(case: Case, environment: Mapping[str, str]) -> Any:
+    def measure(cases: Sequence[Case], environment: Mapping[str, str]) -> list[Any]:
+        (case,) = cases
         measured.append(case.name)
         if case.name == "b":
             raise RuntimeError("failed:\nTraceback\nValueError: no")
-        return {"found": case.name}
+        return [{"found": case.name}]
 
-    monkeypatch.setattr(Case, "measured", measure)
+    monkeypatch.setattr(evidence_cases, "measured", measure)
     cases = [Case("part", name, {"size": 1}) for name in "abc"]
     shown: list[tuple[str, int]] = []
     failures = run(cases, store, ABOUT, 1, {}, lambda name, done: shown.append((name, done)))
@@ -155,6 +161,106 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
     a, _ = store.files("part")
     assert a.data == {"name": "a", "settings": {"size": 2}, "conditions": ABOUT, "result": {"found": "a"}}
     assert sorted(path.name for path in (tmp_path / "part").iterdir()) == ["a.json", "c.json"]
+
+
+def test_cases_of_one_process_are_measured_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is left out, and one that fails costs no other."""
+    store, processes = Store(tmp_path), []
+
+    def measure(cases: Sequence[Case], environment: Mapping[str, str]) -> list[Any]:
+        processes.append([case.name for case in cases])
+        return [failure(ValueError("no")) if case.name == "b" else {"found": case.name} for case in cases]
+
+    monkeypatch.setattr(evidence_cases, "measured", measure)
+    cases = [Case("part", name, {}, process) for name, process in [("a", "x"), ("b", "x"), ("c", "y"), ("d", None)]]
+    for _ in range(2):
+        assert run(cases, store, ABOUT, 1, {}, lambda name, done: None) == ["part, b: no"]
+    assert processes == [["a", "b"], ["c"], ["d"], ["b"]]
+
+
+def test_methods_take_turns_in_one_process(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where one that fails costs no other."""
+    methods = "inductor", "checkpoint", "exact"
+    cases = [memory.case("Llama-3", method, QUICK, "bfloat16", "cpu", 0.01).settings for method in methods]
+    applied = Method.applied
+
+    def refuse(method: Method, model: nn.Module) -> nn.Module:
+        if method.name == "checkpoint":
+            raise RuntimeError("no")
+        return applied(method, model)
+
+    monkeypatch.setattr(memory, "example_of", lambda settings: example())
+    monkeypatch.setattr(Method, "applied", refuse)
+    memory.main([json.dumps(settings) for settings in cases])
+    plain, failed, exact = json.loads(capsys.readouterr().out)
+    assert failed == {"failed": "no"}
+    assert plain["timing"]["ratio"] == 1
+    assert 0 < exact["memory"]["held_bytes"] <= plain["memory"]["held_bytes"]
+    assert exact["memory"]["peak_bytes"] > 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file locks are of POSIX")
+def test_times_are_taken_when_nobody_prepares(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    ready, go = threading.Event(), threading.Event()
+
+    def prepare() -> None:
+        with preparing():
+            ready.set()
+            go.wait(10)
+            order.append("prepared")
+
+    with turns_for_all() as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        other = threading.Thread(target=prepare)
+        other.start()
+        ready.wait(10)
+        with preparing():
+            order.append("beside")
+        threading.Timer(0.1, go.set).start()
+        with alone():
+            order.append("timed")
+        other.join()
+    assert order == ["beside", "prepared", "timed"]
+
+
+def test_one_process_has_nothing_to_wait_for() -> None:
+    with preparing(), alone(), alone():
+        pass
+
+
+# The largest batch
+
+
+@pytest.mark.parametrize(("fixed", "each"), [(1, 1), (50, 3), (0, 7), (90, 1)])
+def test_the_largest_batch_is_found_to_two_hundredths(fixed: int, each: int) -> None:
+    limit, tried = 1000, []
+
+    def peak_of(batch: int) -> int | None:
+        tried.append(batch)
+        peak = fixed + each * batch + batch % 3
+        return peak if peak <= limit else None
+
+    batch, peak = largest_batch.largest(peak_of, limit, 4)
+    assert len(tried) <= 8
+    assert peak == peak_of(batch)
+    assert peak_of(batch + max(1, round(0.02 * batch))) is None
+
+
+def test_what_does_not_fit_at_all_is_told() -> None:
+    with pytest.raises(MemoryError, match="a batch of 8 does not fit into 10 bytes"):
+        largest_batch.largest(lambda batch: batch if batch < 8 else None, 10, 4)
+
+
+def test_the_table_of_the_largest_batch(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for method, batch in (("inductor", 10), ("lean", 25)):
+        case = largest_batch.case("Llama-3", method, QUICK, "bfloat16")
+        store.put(case, {"batch": batch, "peak_bytes": 1}, ABOUT)
+    lines = list(largest_batch.lines(store.files("largest_batch")))
+    assert lines[0] == "| largest batch in 6 GiB | inductor | lean |"
+    assert lines[2] == "| Llama-3 | 10 | 25 (x 2.50) |"
 
 
 # Tables and plots
@@ -223,7 +329,7 @@ def test_the_table_of_peaks(tmp_path: Path) -> None:
         Store(tmp_path).put(case, {"peak_bytes": peak_mib * 2**20, "held_bytes": held_mib * 2**20}, ABOUT)
     lines = list(peak.lines(Store(tmp_path).files("peak")))
     assert lines[2] == "| Llama-3 | 8.0 MiB (4.0 MiB) | -38 % (-75 %) |"
-    assert "2 layers, batch 4, 128 tokens" in lines[-1]
+    assert "2 layers of widths divided by 4, batch 4, 128 tokens" in lines[-1]
 
 
 def test_methods_that_few_models_are_measured_with_have_a_table(measured: Path) -> None:
@@ -298,7 +404,7 @@ def test_the_full_run_has_all_cases() -> None:
 
 
 def test_render_alone_measures_nothing(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Case, "measured", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(evidence_cases, "measured", lambda *_: pytest.fail("measured"))
     command.main(["--render", "--output", str(measured)])
     assert "## Memory and time" in (measured / "tables.md").read_text()
 
