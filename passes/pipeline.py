@@ -14,6 +14,7 @@ from fewbit_fx.torch_private.tracing import timed
 from .faults import Fault, stage
 from .gain import Gain
 from .jumps import jumps
+from .laid_out import note_layouts
 from .partition import Partition
 from .plan import choose
 from .reasons import Cause, Reason
@@ -79,7 +80,8 @@ class Work:
 
 
 def find(work: Work) -> Work:
-    """Find the sites."""
+    """Find the sites, and how their tensors will lie in memory."""
+    note_layouts(work.joint, work.plain.forward)
     sites, unreadable = find_sites(work.joint, work.plain.computed_in_backward())
     if work.config.codes_values:
         sites += find_values(work.joint, work.plain)

@@ -25,6 +25,7 @@ __all__ = [
     "has_a_budget",
     "inductor_options",
     "keeps_rounding",
+    "lays_channels_last",
     "min_cut_rematerialization_partition",
     "no_budget_of_zero",
     "no_buffer_donated",
@@ -172,6 +173,13 @@ def keeps_rounding() -> bool:
     return bool(getattr(config, "emulate_precision_casts_on_saved_tensors", False))
 
 
+def lays_channels_last(forward: fx.GraphModule) -> bool:
+    """Whether Inductor lays the tensors around a forward's convolutions out with channels last."""
+    from torch._inductor.graph import GraphLowering
+
+    return bool(GraphLowering.decide_layout_opt(forward, is_inference=False))
+
+
 def no_buffer_donated() -> AbstractContextManager[None]:
     """Compile backwards that may run again and again, as a benchmark repeats them."""
     patched: AbstractContextManager[None] = torch._functorch.config.patch(donated_buffer=False)
@@ -213,7 +221,9 @@ def partition_only(
 
     def run_eagerly(graph: fx.GraphModule, _inputs: Sequence[Any], **_kwargs: Any) -> Any:
         from functorch.compile import make_boxed_func
+        from torch._inductor.fx_passes.post_grad import view_to_reshape
 
+        view_to_reshape(graph)  # as Inductor does, for what is decoded may lie otherwise than what it stands for
         return make_boxed_func(GraphRun(graph).run)
 
     with torch._functorch.config.patch(enable_autograd_cache=False):  # its entries need kernels

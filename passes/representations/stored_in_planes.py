@@ -10,7 +10,7 @@ from torch import Tensor
 from fewbit_fx.codec.bitplanes import PlaneLayout, plane_layout
 from fewbit_fx.torch_private.sizes import bare_symbol, sizes_of
 
-from ..graph import value_of
+from ..laid_out import laid_out
 from ..reasons import Cause, Reason
 from .representation import Exact, Representation
 
@@ -30,9 +30,8 @@ class StoredInPlanes(Representation):
 
     @property
     def value(self) -> Tensor:
-        """The fake tensor that is encoded."""
-        value: Tensor = value_of(self.site.stored)
-        return value
+        """The fake tensor that is encoded, as it will lie in memory."""
+        return laid_out(self.site.stored)
 
     @property
     def layout(self) -> PlaneLayout:
