@@ -162,8 +162,9 @@ def render(store: Store, folder: Path) -> Iterator[Path]:
         if files and part in PLOTS:
             picture = folder / f"{part}.png"
             PLOTS[part](picture, files)
-            text.append(f"![{part}]({picture.name})\n")
-            yield picture
+            if picture.exists():
+                text.append(f"![{part}]({picture.name})\n")
+                yield picture
     page = folder / "tables.md"
     page.write_text("\n".join(text))
     yield page

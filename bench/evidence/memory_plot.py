@@ -26,9 +26,11 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">", "h")
 
 
 def save_plot(path: Path, files: Sequence[File]) -> None:
-    """Draw into a PNG bytes held against time, of models that have been measured with more than three methods."""
+    """Draw into a PNG bytes held against time, of models that have been measured with more than three methods, or all."""
     found = points(files)
-    chosen = [name for name, of_a_model in found.items() if len(of_a_model) > 3]
+    chosen = [name for name, of_a_model in found.items() if len(of_a_model) > 3] or list(found)
+    if not chosen:
+        return  # as long as torch.compile's default has not been measured
     columns = min(_COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
     size = 3.6 * columns + 1.8, 3.3 * rows + 0.6
