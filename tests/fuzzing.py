@@ -36,6 +36,7 @@ from fewbit_fx.torch_private.modes import mode_of
 from fewbit_fx.torch_private.sizes import hint, is_symbol
 
 BATCH, TOKENS, WIDTH, HEADS, CLASSES, CHANNELS = 2, 32, 64, 4, 16, 8
+LARGE = 0.1  # of a gradient, from codes of 8 bits: 0.6 % of values, over a few layers
 CLOSE = 1e-4  # of a gradient: what float32 rounds differently where strides, and so the order of sums, differ
 
 Function = Callable[..., Tensor]
@@ -76,6 +77,7 @@ UNARY: dict[str, Function] = {
     "flipped": lambda a: a.flip(1),
     "row by row": lambda a: torch.stack([F.silu(row) for row in a.unbind(0)]),
     "every second": lambda a: a[:, ::2].repeat_interleave(2, 1),
+    "wave": lambda a: a + 0.01 * torch.cos(300 * a),
     "spectrum": lambda a: torch.fft.irfft(torch.fft.rfft(a.float()), n=WIDTH).to(a.dtype),
 }
 BINARY: dict[str, Function] = {
@@ -346,6 +348,46 @@ def check(case: Case, device: str = "cpu") -> None:
         assert torch.equal(mine, theirs), "the forward is the same, bit for bit"
     for i, gradient in zip(trained, found, strict=True):
         assert_same(gradient, expected[i], case.dtype)
+
+
+def check_error(case: Case) -> None:
+    """Codes of 8 bits, of all that is saved for its values, change the gradient by little, whatever is made of them."""
+    config = FewBitConfig(recipe="derivatives", derivatives=False, min_numel=0, strict=True)
+    exact, coded = (
+        _gradient(case, config.updated({"recompute": True, **dict.fromkeys(_BITS, bits)})) for bits in (None, 8)
+    )
+    if exact is None or coded is None or not exact.isfinite().all() or not exact.any():
+        event("not compared: nothing to train, not finite, or a limit of torch itself")
+        return
+    event("error compared")
+    assert (coded - exact).norm() <= LARGE * exact.norm()
+
+
+_BITS = ("value_bits", "norm_bits", "softmax_bits")
+
+
+def _gradient(case: Case, config: FewBitConfig) -> Tensor | None:
+    """Of all parameters of the case's model, as one vector, by plain ATen; None where torch cannot compile it."""
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return partition_only(gm, inputs, FewBitPartitioner(config, lambda record: None))
+
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = RandomModel(case)
+    x, classes = LAYOUTS[case.layout](torch.randn(BATCH, TOKENS, WIDTH)), torch.randint(CLASSES, (BATCH, TOKENS))
+    try:
+        losses = torch.compile(model, backend=backend, dynamic=case.dynamic)(x, classes)
+    except Exception:
+        if _compiles_without(case, model, x, classes):
+            raise
+        return None
+    total, trained = torch.stack(losses).sum(), [p for p in model.parameters() if p.requires_grad]
+    if not total.requires_grad:
+        return None
+    found = torch.autograd.grad(total, trained, allow_unused=True)
+    present = [g.double().flatten() for g in found if g is not None]
+    return torch.cat(present) if present else None
 
 
 def _compiles_without(case: Case, model: nn.Module, *inputs: Tensor) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import torch
-from fuzzing import Case, Step, cases, check
+from fuzzing import Case, Step, cases, check, check_error
 from hypothesis import HealthCheck, example, given, settings
 
 from fewbit_fx.config import FewBitConfig
@@ -104,6 +105,14 @@ EXPANDED_INPUT = Case(
     layout="expanded",
     trained_input=True,
 )
+WAVES = Case(  # whose slopes are sines of 300 times what is saved
+    tuple(Step(name, 0, 0, True, False) for name in ("linear", "wave", "linear", "wave")),
+    outputs=1,
+    loss="sum",
+    config=FewBitConfig(),
+    budget=1.0,
+    dtype=torch.float32,
+)
 GRAPHS = int(os.environ.get("FUZZ", "40"))
 
 
@@ -122,3 +131,16 @@ GRAPHS = int(os.environ.get("FUZZ", "40"))
 @example(EXPANDED_INPUT)
 def test_random_models(case: Case) -> None:
     check(case)
+
+
+@settings(
+    max_examples=GRAPHS // 2,
+    deadline=None,
+    derandomize="FUZZ" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+@given(cases())
+@example(WAVES)
+def test_codes_of_8_bits_change_a_gradient_by_little(case: Case) -> None:
+    check_error(dataclasses.replace(case, budget=1.0, dtype=torch.float32))
