@@ -210,7 +210,8 @@ def test_a_method_without_graphs_is_measured_by_its_own_step() -> None:
 
 
 def test_relu_has_nothing_to_approximate() -> None:
-    assert error_of("derivatives, 3 bits", RELU) == 0
+    """But a convolution sums in another order where its gradient lies with channels last, as a mask's codes have it."""
+    assert error_of("derivatives, 3 bits", RELU) < 1e-6
 
 
 def test_a_curve_is_thinned_to_means() -> None:
