@@ -37,9 +37,10 @@ def note_layouts(joint: fx.Graph, forward: fx.GraphModule) -> None:
         forward: The forward that was cut from it, which Inductor will compile.
     """
     inputs = [value_of(n) for n in placeholders(forward.graph)]
-    if any(isinstance(i, torch.SymInt) for i in inputs) or not lays_channels_last(forward):
-        return
-    with mode_of(next(i for i in inputs if isinstance(i, Tensor))), torch.no_grad():
+    tensors = [i for i in inputs if isinstance(i, Tensor)]
+    if len(tensors) < len(inputs) or not tensors or not lays_channels_last(forward):
+        return  # sizes that are symbols are inputs too
+    with mode_of(tensors[0]), torch.no_grad():
         gradients = descendants(tangents(joint))
         for node in joint.nodes:
             if node.op == "call_function" and node not in gradients and isinstance(value_of(node), Tensor):

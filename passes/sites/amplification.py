@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from fewbit_fx.torch_private.modes import real_mode
 
-from ..graph import COPIES, MOVEMENTS, constant_value, is_local, prims, value_of
+from ..graph import COPIES, MOVEMENTS, closure, constant_value, is_local, prims, value_of
 
 _BLOCK, _BLOCKS, _LEVELS = 32, 128, 127
 _TYPICAL, _LARGE = 1.0, 1024.0  # standard deviations of x
@@ -106,13 +106,13 @@ def _program(saved: fx.Node, gradients: Set[fx.Node], is_end: Callable[[fx.Node]
     return _Program(tuple(steps), tuple(ends))
 
 
-def _followed(saved: fx.Node, gradients: Set[fx.Node], is_end: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+def _followed(saved: fx.Node, gradients: Set[fx.Node], is_end: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """The saved tensor, and all that is computed from it alone or with other tensors of the forward, in order."""
-    reached = {saved}
-    for node in saved.graph.nodes:
-        if node in reached:
-            yield node
-            reached |= {user for user in node.users if user not in gradients and is_local(user) and not is_end(user)}
+
+    def read_by(node: fx.Node) -> Iterator[fx.Node]:
+        return (user for user in node.users if user not in gradients and is_local(user) and not is_end(user))
+
+    return sorted(closure([saved], read_by))
 
 
 def _passes_on(node: fx.Node) -> bool:
