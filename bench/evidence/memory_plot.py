@@ -26,7 +26,7 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">", "h")
 
 
 def save_plot(path: Path, files: Sequence[File]) -> None:
-    """Draw into a PNG bytes held against time, of models that have been measured with more than three methods, or all."""
+    """Draw into a PNG bytes held against time, of models measured with more than three methods, or of all."""
     found = points(files)
     chosen = [name for name, of_a_model in found.items() if len(of_a_model) > 3] or list(found)
     if not chosen:
