@@ -52,6 +52,7 @@ def _note(node: fx.Node) -> None:
     if not is_convolution and not any(_KEY in n.meta for n in node.all_input_nodes):
         return
     target: Any = aten.reshape.default if node.target is aten.view.default else node.target
+    args: Any
     args, kwargs = map_arg((node.args, node.kwargs), _value)
     if is_convolution:
         args = (_channels_last(args[0]), *args[1:])

@@ -101,7 +101,8 @@ def _fields_of_block(words: Sequence[Tensor], width: int) -> Tensor:
     own = words[-1]
     for i in reversed(range(width - 1)):
         own = torch.where(number == i, words[i], own)
-    return (own >> place) & (2**width - 1)
+    field: Tensor = (own >> place) & (2**width - 1)
+    return field
 
 
 def _places(width: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -223,7 +223,8 @@ def partition_only(
         from functorch.compile import make_boxed_func
         from torch._inductor.fx_passes.post_grad import view_to_reshape
 
-        view_to_reshape(graph)  # as Inductor does, for what is decoded may lie otherwise than what it stands for
+        # As Inductor does, for what is decoded may lie otherwise than what it stands for.
+        view_to_reshape(graph)  # type: ignore[no-untyped-call,unused-ignore]
         return make_boxed_func(GraphRun(graph).run)
 
     with torch._functorch.config.patch(enable_autograd_cache=False):  # its entries need kernels
