@@ -134,7 +134,7 @@ def test_random_models(case: Case) -> None:
 
 
 @settings(
-    max_examples=GRAPHS // 2,
+    max_examples=GRAPHS // 4,
     deadline=None,
     derandomize="FUZZ" not in os.environ,
     suppress_health_check=list(HealthCheck),
