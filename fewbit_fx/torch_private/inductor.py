@@ -196,6 +196,8 @@ class GraphRun(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a node that calls a function."""
         prims = torch.ops.prims
+        if target is torch.ops.aten.view.default:
+            target = torch.ops.aten.reshape.default  # as Inductor has it, for a tensor may lie otherwise than is stated
         if target not in (prims.inductor_random.default, prims.inductor_randint.default):
             return super().call_function(target, args, kwargs)
         (seed,) = (a for a in args if isinstance(a, torch.Tensor))
@@ -221,10 +223,7 @@ def partition_only(
 
     def run_eagerly(graph: fx.GraphModule, _inputs: Sequence[Any], **_kwargs: Any) -> Any:
         from functorch.compile import make_boxed_func
-        from torch._inductor.fx_passes.post_grad import view_to_reshape
 
-        # As Inductor does, for what is decoded may lie otherwise than what it stands for.
-        view_to_reshape(graph)  # type: ignore[no-untyped-call,unused-ignore]
         return make_boxed_func(GraphRun(graph).run)
 
     with torch._functorch.config.patch(enable_autograd_cache=False):  # its entries need kernels
