@@ -21,10 +21,9 @@ _KEY = "fewbit_laid_out"
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def laid_out(node: fx.Node) -> Tensor:
-    """The fake tensor of a node, with the strides that it is expected to have."""
-    value: Tensor = node.meta.get(_KEY, value_of(node))
-    return value
+def laid_out(node: fx.Node) -> Any:
+    """The fake value of a node; a tensor with the strides that it is expected to have."""
+    return node.meta.get(_KEY, value_of(node))
 
 
 def note_layouts(joint: fx.Graph, forward: fx.GraphModule) -> None:
@@ -53,7 +52,7 @@ def _note(node: fx.Node) -> None:
         return
     target: Any = aten.reshape.default if node.target is aten.view.default else node.target
     args: Any
-    args, kwargs = map_arg((node.args, node.kwargs), _value)
+    args, kwargs = map_arg((node.args, node.kwargs), laid_out)
     if is_convolution:
         args = (_channels_last(args[0]), *args[1:])
     try:
@@ -63,10 +62,6 @@ def _note(node: fx.Node) -> None:
     value = _channels_last(value) if is_convolution else value
     if value.stride() != value_of(node).stride():
         node.meta[_KEY] = value
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta.get(_KEY, value_of(node))
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -92,7 +92,6 @@ def measure(cases: Sequence[Settings]) -> list[dict[str, Any]]:
         build = functools.partial(copy.deepcopy, example_of(first))
         first_gradient = FirstGradient(build, SEED)
         errors = {method.name: first_gradient.of(method) for method in methods}
-        torch.compiler.reset()
         steps, memories, failures = {}, {}, {}
         for method in methods:
             try:

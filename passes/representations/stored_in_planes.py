@@ -31,7 +31,8 @@ class StoredInPlanes(Representation):
     @property
     def value(self) -> Tensor:
         """The fake tensor that is encoded, as it will lie in memory."""
-        return laid_out(self.site.stored)
+        value: Tensor = laid_out(self.site.stored)
+        return value
 
     @property
     def layout(self) -> PlaneLayout:

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from fewbit_fx.torch_private.modes import real_mode
 
-from ..graph import COPIES, MOVEMENTS, closure, constant_value, is_local, prims, value_of
+from ..graph import COPIES, MOVEMENTS, closure, constant_value, is_boolean, is_local, prims, value_of
 
 _BLOCK, _BLOCKS, _LEVELS = 32, 128, 127
 _TYPICAL, _LARGE = 1.0, 1024.0  # standard deviations of x
@@ -89,8 +89,8 @@ def _program(saved: fx.Node, gradients: Set[fx.Node], is_end: Callable[[fx.Node]
             return values[node]
         constant = constant_value(node)
         if constant is not None:
-            return _Constant(bool(constant) if _is_mask(node) else float(constant))
-        return others.setdefault(node, _Other(len(others), _is_mask(node)))
+            return _Constant(bool(constant) if is_boolean(node) else float(constant))
+        return others.setdefault(node, _Other(len(others), is_boolean(node)))
 
     for node in _followed(saved, gradients, is_end):
         inputs = [n for n in node.all_input_nodes if n in values]
@@ -118,13 +118,8 @@ def _followed(saved: fx.Node, gradients: Set[fx.Node], is_end: Callable[[fx.Node
 def _passes_on(node: fx.Node) -> bool:
     """Whether a value goes on as it is, elsewhere or in another precision."""
     if node.target is prims.convert_element_type.default:
-        return bool(value_of(node).dtype.is_floating_point and not _is_mask(node.all_input_nodes[0]))
+        return bool(value_of(node).dtype.is_floating_point and not is_boolean(node.all_input_nodes[0]))
     return node.target in COPIES or node.target in MOVEMENTS
-
-
-def _is_mask(node: fx.Node) -> bool:
-    value = value_of(node)
-    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _hashable(args: Any) -> Any:

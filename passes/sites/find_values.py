@@ -72,8 +72,10 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
         probabilities = _probabilities(read[node.name], gradients) if is_softmax else None
         if probabilities is not None:
             return ValueSite(nodes[probabilities.name], Reader.SOFTMAX, shares=True)
+        if (kept := kept_as(node)) is not None:
+            return ValueSite(node, readers[node.name], kept)
         grows = amplification(read[node.name], gradients, _is_exponential_of_a_softmax)
-        return ValueSite(node, readers[node.name], kept_as(node), amplification=grows)
+        return ValueSite(node, readers[node.name], amplification=grows)
 
     found = (
         site(nodes[n.name])
