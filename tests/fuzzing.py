@@ -8,6 +8,7 @@ found, which graphs are cut and rewritten, what is shared, dropped and computed 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from helpers import check_sums
-from hypothesis import event
+from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
@@ -36,6 +37,7 @@ from fewbit_fx.torch_private.modes import mode_of
 from fewbit_fx.torch_private.sizes import hint, is_symbol
 
 BATCH, TOKENS, WIDTH, HEADS, CLASSES, CHANNELS = 2, 32, 64, 4, 16, 8
+GRAPHS = int(os.environ.get("FUZZ", "40"))
 LARGE = 0.1  # of a gradient, from codes of 8 bits: 0.6 % of values, over a few layers
 CLOSE = 1e-4  # of a gradient: what float32 rounds differently where strides, and so the order of sums, differ
 
@@ -300,6 +302,17 @@ def cases() -> st.SearchStrategy[Case]:
         st.sampled_from(["contiguous", "contiguous", *LAYOUTS]),
         st.sampled_from([True, True, False]),
         st.sampled_from([False, False, True]),
+    )
+
+
+def random_examples(count: int) -> settings:
+    """How a property is tried with so many models: the same each time, but for those that ``FUZZ`` asks for."""
+    return settings(
+        max_examples=count,
+        deadline=None,
+        derandomize="FUZZ" not in os.environ,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
     )
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import torch
-from fuzzing import Case, Step, cases, check, check_error
-from hypothesis import HealthCheck, example, given, settings
+from fuzzing import GRAPHS, Case, Step, cases, check, check_error, random_examples
+from hypothesis import example, given
 
 from fewbit_fx.config import FewBitConfig
 
@@ -113,16 +112,9 @@ WAVES = Case(  # whose slopes are sines of 300 times what is saved
     budget=1.0,
     dtype=torch.float32,
 )
-GRAPHS = int(os.environ.get("FUZZ", "40"))
 
 
-@settings(
-    max_examples=GRAPHS,
-    deadline=None,
-    derandomize="FUZZ" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+@random_examples(GRAPHS)
 @given(cases())
 @example(ATTENTION_IN_A_CHECKPOINT)
 @example(CONSTANT_THAT_THE_FORWARD_LACKS)
@@ -133,13 +125,7 @@ def test_random_models(case: Case) -> None:
     check(case)
 
 
-@settings(
-    max_examples=GRAPHS // 4,
-    deadline=None,
-    derandomize="FUZZ" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+@random_examples(GRAPHS // 4)
 @given(cases())
 @example(WAVES)
 def test_codes_of_8_bits_change_a_gradient_by_little(case: Case) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fuzzing import Case, cases, check
+from fuzzing import GRAPHS, Case, cases, check, random_examples
 from helpers import watch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -30,7 +30,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 GPU = torch.device("cuda")
 WIDTH, TOKENS = 256, 2048
 EXAMPLES = Path(__file__).parents[1] / "examples"
-GRAPHS = int(os.environ.get("FUZZ", "40"))
 RECIPES = ("exact", "derivatives", "default", "lean")
 
 
@@ -106,9 +105,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-@settings(
-    max_examples=GRAPHS, deadline=None, derandomize="FUZZ" not in os.environ, suppress_health_check=list(HealthCheck)
-)
+@random_examples(GRAPHS)
 @given(cases())
 def test_random_models(case: Case) -> None:
     """Codes on a GPU, by plain ATen, and the graphs that torch makes for one."""
