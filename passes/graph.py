@@ -68,6 +68,14 @@ def is_local(node: fx.Node) -> bool:
     return is_pointwise(node) or node.target in MOVEMENTS
 
 
+def is_softmax(node: fx.Node) -> bool:
+    """Whether each number is divided by the sum of its row, as at the end of a softmax."""
+    if node.target is not aten.div.Tensor:
+        return False
+    numerator, *total = node.all_input_nodes
+    return any(n.target is aten.sum.dim_IntList and n.args[0] is numerator for n in total)
+
+
 def is_boolean(node: fx.Node) -> bool:
     """Whether the value is a boolean tensor."""
     value = value_of(node)

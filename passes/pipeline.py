@@ -23,6 +23,7 @@ from .rewrite import SiteError, rewrite
 from .same_names import SameNames
 from .site_names import site_names
 from .sites import Site, Unreadable, find_sites, find_values
+from .softmax_rows import Row, balance, softmax_rows
 
 NOT_SMALLER, DECIDES, RENAMED = map(Reason, (Cause.GRAPHS_NOT_SMALLER, Cause.DECIDES, Cause.RENAMED))
 
@@ -59,6 +60,12 @@ class Work:
     def coded(self) -> dict[Site, int]:
         """The sites that the plan stores otherwise, with the bytes that this takes."""
         return {site: decision.nbytes for site, decision in self.plan.items() if not isinstance(decision, Exact)}
+
+    def softmax_rows(self) -> list[Row]:
+        """Where the backward has the gradient of a softmax whose probabilities the plan makes inexact."""
+        plan = self.plan.items()
+        inexact = {s.replaced.name for s, done in plan if not isinstance(done, Exact) and done.relative_error > 0}
+        return list(softmax_rows(self.joint, self.plain.backward.graph, inexact))
 
     def predicted_bytes(self) -> int:
         """Bytes that will be saved at the end; sites of one value and encode share their codes."""
@@ -145,7 +152,9 @@ def put_in(work: Work) -> Work:
     """
     while work.coded:
         try:
-            return replace(work, chosen=rewrite(work.plain, work.plan, work.sites))
+            chosen = rewrite(work.plain, work.plan, work.sites)
+            balance(chosen.backward, work.softmax_rows())
+            return replace(work, chosen=chosen)
         except SiteError as error:
             fault = Fault("the pass 'rewrite'", error.cause)
             if work.config.strict:

@@ -462,7 +462,7 @@ class Recorder(GraphRun):
 
 
 class Replay(Recorder):
-    """Runs a backward in which each coded site is given what its codes decode to."""
+    """Runs a backward in which each coded site is given what its codes decode to, and rows of a softmax their sum."""
 
     def __init__(self, work: Work, forward: dict[str, Any]) -> None:
         super().__init__(work.plain.backward)
@@ -471,8 +471,14 @@ class Replay(Recorder):
         self._coded = {
             site.replaced.name: decision for site, decision in work.plan.items() if not isinstance(decision, Exact)
         }
+        self._rows = {row.total: row.factor for row in work.softmax_rows()}
 
     def made(self, node: fx.Node, value: Any) -> Any:
+        if node.name in self._rows:
+            product, dims, _ = node.args
+            probabilities = self.values[product.args[self._rows[node.name]].name]
+            rows = probabilities.sum(dims, keepdim=True)
+            return torch.where(rows > 0, value / rows, value)
         if node.name not in self._coded:
             return value
         coded: Representation = self._coded[node.name]

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbit_fx.codec.block_scaled import block_layout, decode_values, encode_values, scale_nbytes
+from fewbit_fx.codec.shares import DIGITS, shares_of
 from fewbit_fx.config import MIN_VALUE_BITS
+from fewbit_fx.passes.representations.value_codes import SHARES_ERROR, STOCHASTIC_SHARES_ERROR
 
 BITS = range(MIN_VALUE_BITS, 9)
 
@@ -111,16 +113,44 @@ def test_more_bits_are_less_error(bits: int) -> None:
     assert bits == MIN_VALUE_BITS or relative_error(x, bits) < relative_error(x, bits - 1)
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_shares_of_a_whole(bits: int) -> None:
-    """Within a step between 2^b levels, whatever way the scale is rounded."""
-    x = torch.cat(
-        [(torch.randn(4097, 1024) * 5).softmax(-1), torch.linspace(0.5, 1, 4097).unsqueeze(-1).expand(-1, 32)], -1
-    )
+def decoded_shares(x: Tensor, bits: int, seed: Tensor | None = None) -> Tensor:
     layout = block_layout(x, bits)
-    codes = encode_values(x, bits, layout, torch.tensor(7), shares=True)
-    decoded = decode_values(codes, bits, layout, x, stochastic=True, shares=True)
-    largest = x.view(4097, -1, 32).amax(-1, keepdim=True)
-    error = (decoded - x).view(4097, -1, 32).abs() / largest
-    assert (error <= 1.02 / (2**bits - 1)).all()  # a hundredth for the scale's rounding, and for c
+    codes = encode_values(x, bits, layout, seed, shares=True)
+    return decode_values(codes, bits, layout, x, stochastic=seed is not None, shares=True)
+
+
+@pytest.mark.parametrize("at_random", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_shares_are_off_by_a_part_of_themselves(bits: int, at_random: bool) -> None:
+    """Half a step between floating-point numbers, or a whole one; below the least level at most that level."""
+    rows = (torch.randn(4097, 1024) * 5).softmax(-1)
+    x = torch.cat([rows, torch.linspace(0.5, 1, 4097).unsqueeze(-1).expand(-1, 32)], -1)
+    decoded = decoded_shares(x, bits, torch.tensor(7) if at_random else None)
+    step, least = 2.0 ** -DIGITS[bits], 1.01 * shares_of(torch.tensor(2.0 ** (bits - 1) - 2), bits)
+    largest = x.view(4097, -1, 32).amax(-1, keepdim=True).expand(-1, -1, 32).reshape(x.shape)
+    bound = torch.maximum(x * step * (1 if at_random else 0.5), largest * least)
+    assert ((decoded - x).abs() <= bound + x * 2**-7).all()  # a little for the scale's rounding
     assert (decoded >= 0).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_predicted_error_of_shares(bits: int) -> None:
+    x = torch.randn(2048, 1024).softmax(-1)
+    for seed, predicted in ((None, SHARES_ERROR), (torch.tensor(3), STOCHASTIC_SHARES_ERROR)):
+        found = (decoded_shares(x, bits, seed) - x).norm() / x.norm()
+        assert found == pytest.approx(predicted[bits], rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_shares_that_are_0_or_not_finite(bits: int, dtype: torch.dtype) -> None:
+    x = torch.rand(4, 64).to(dtype)
+    x[:, ::3] = 0
+    x[0, 1], x[1, 1], x[2, 1], x[3, 1] = math.nan, -math.nan, math.inf, torch.finfo(dtype).max
+    for seed in (None, torch.tensor(1)):
+        decoded = decoded_shares(x, bits, seed)
+        assert torch.equal(decoded[:, ::3], x[:, ::3])
+        assert decoded[:2, 1].isnan().all()
+        assert decoded[2, 1] == math.inf
+        assert decoded[3].isfinite().all()
+        assert decoded[:, 32:].isfinite().all()

@@ -17,6 +17,7 @@ from fewbit_fx.codec.bitplanes import plane_layout
 from fewbit_fx.codec.block_scaled import block_layout, decode_values, encode_values
 from fewbit_fx.codec.dither import rounding_seed, uniform
 from fewbit_fx.codec.scheme import stochastic_scheme
+from fewbit_fx.codec.shares import shares_of
 from fewbit_fx.codec.stochastic_levels import StochasticScheme
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.passes.representations.value_codes import STOCHASTIC_ERROR
@@ -97,13 +98,17 @@ def test_decoded_values_are_right_on_average(bits: int, shares: bool) -> None:
         codes = encode_values(x, bits, layout, torch.tensor(seed), shares)
         decoded.append(decode_values(codes, bits, layout, x, stochastic=True, shares=shares))
     found = torch.stack(decoded).double()
-    # A scale of 32 neighbours, as it is stored; the places of values as the module has them.
+    # A scale of 32 neighbours, as it is stored; the places of values as the modules have them.
     scale = codes[-1].double().reshape(-1).repeat_interleave(32).view(x.shape)
-    reach = (2.0**bits - 1 if shares else 2.0 ** (bits - 1) - 1.5) * (1 - 2**-7) * (1 - 2**-8)
-    place, unit = x.double().abs() * reach / scale, scale / reach * torch.where(x < 0, -1.0, 1.0)
     if shares:
-        below, above = place.floor(), place.floor() + 1
+        unit = scale / (1 - 2**-8) ** 2
+        levels = torch.cat([shares_of(torch.arange(2.0**bits - 1) - 2.0 ** (bits - 1), bits).double(), torch.zeros(1)])
+        place = (x.double() / unit).clamp_max(1)
+        i = (levels.flip(0) <= place.unsqueeze(-1)).sum(-1) - 1
+        below, above = levels.flip(0)[i], levels.flip(0)[(i + 1).clamp_max(len(levels) - 1)]
     else:
+        reach = (2.0 ** (bits - 1) - 1.5) * (1 - 2**-7) * (1 - 2**-8)
+        place, unit = x.double().abs() * reach / scale, scale / reach * torch.where(x < 0, -1.0, 1.0)
         below = torch.where(place < 0.5, 0.0, (place - 0.5).floor() + 0.5)
         above = torch.where(place < 0.5, 0.5, below + 1)
     ends = torch.stack([below * unit, above * unit])

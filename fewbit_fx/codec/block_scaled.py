@@ -19,10 +19,9 @@ finite: masks of attention have the lowest number of a dtype.
 
 With stochastic rounding, intervals are equally wide at all bits. Magnitudes are rounded up or down to the middle of an
 interval, or to 0, at random, such that the mean over all seeds is x: c is a little smaller, so that nothing lies beyond
-the last middle. Small numbers may then become 0. Shares of a whole, such as probabilities, are always rounded so: the
-nearest of even levels would be 0 for most of them. They are not negative, and take 2^b even levels from 0 on:
+the last middle. Small numbers may then become 0.
 
-    j = floor((2^b - 1) c x / s + u)                        x ~ j s / ((2^b - 1) c)
+Shares of a whole, such as probabilities, have levels of their own (``shares``), of c x / s.
 
 Zeros and, if rounded to the nearest, signs of all else are exact: whatever compares x with 0 in the backward decides as
 in the forward. (A number 1e35 times smaller than its block's largest may lose its sign.) In a block with an infinity,
@@ -39,6 +38,7 @@ from torch import Tensor
 from fewbit_fx.codec.bitplanes import PlaneLayout, plane_layout
 from fewbit_fx.codec.dither import uniform
 from fewbit_fx.codec.packing import blocks_per_group, pack, tensors_of_codes, unpack
+from fewbit_fx.codec.shares import share_codes, shares_of
 from fewbit_fx.torch_private.inductor import keeps_rounding
 
 SCALE_DTYPE = torch.bfloat16
@@ -47,6 +47,7 @@ _EVEN_BITS = 7  # from which on levels are equally far apart: as good then, and 
 _BEND = 0.4  # a of the module's text
 _SHRINK = 1 - 2**-8  # s / m: the largest numbers of float32 are above those of bfloat16
 _BENT_REACH = 0.985 * _SHRINK  # c where intervals differ: what it is of m
+_SHARE_REACH = _SHRINK * (1 - 2**-8)  # c for shares: the largest one is 1, whatever way the scale was rounded
 _EDGE = 0.25  # by how much less than L intervals the largest element is from 0 where they are equally wide
 _LEAST_SCALE = 1e-30  # blocks of smaller numbers are stored as if this were their scale: 1 / s stays finite
 _MOST_SCALE = torch.finfo(SCALE_DTYPE).max  # in place of an infinite scale where 1 / s is computed
@@ -62,7 +63,7 @@ def encode_values(
         bits: Bits per element, 2 to 8.
         layout: The layout of its blocks, :func:`block_layout`.
         seed: For stochastic rounding (``dither.rounding_seed``); None rounds to the nearest.
-        shares: Whether its elements are shares of a whole, from 0 to 1, to be rounded with a seed.
+        shares: Whether its elements are shares of a whole, or multiples of them, none of them negative.
 
     Returns:
         For each part of the layout the packed codes (``packing``), and then the scales, bfloat16 of shape
@@ -74,12 +75,24 @@ def encode_values(
         exact = (wide.abs().amax(-1, keepdim=True) * _SHRINK).clamp_min(_LEAST_SCALE)
         scale = exact.to(SCALE_DTYPE)
         divisor = _widened(scale, exact).clamp_max(_MOST_SCALE)
-        if seed is not None:
-            codes = _stochastic(wide, divisor, bits, shares, _in_blocks(uniform(seed, x, part)))
-        else:
-            codes = _interval(wide, divisor, bits)
-        saved += [*pack(codes, bits), scale]
+        dither = None if seed is None else _in_blocks(uniform(seed, x, part))
+        saved += [*pack(_codes(wide, divisor, bits, shares, dither), bits), scale]
     return saved
+
+
+def _codes(blocks: Tensor, scale: Tensor, bits: int, shares: bool, dither: Tensor | None) -> Tensor:
+    """The codes of all elements.
+
+    Args:
+        blocks: The elements.
+        scale: Of each block.
+        bits: Bits per element.
+        shares: Whether they are shares of a whole.
+        dither: To round at random, a number from 0 to 1 for each element; None to round to the nearest.
+    """
+    if shares:
+        return torch.where(blocks == 0, _zero(bits), share_codes(blocks * (_SHARE_REACH / scale), bits, dither))
+    return _interval(blocks, scale, bits) if dither is None else _stochastic(blocks, scale, bits, dither)
 
 
 def _widened(scale: Tensor, exact: Tensor) -> Tensor:
@@ -99,19 +112,9 @@ def _in_blocks(part: Tensor) -> Tensor:
     return part.reshape(*part.shape[:-2], part.shape[-1], part.shape[-2])
 
 
-def _stochastic(blocks: Tensor, scale: Tensor, bits: int, shares: bool, dither: Tensor) -> Tensor:
-    """The code of a value next to each element, at random.
-
-    Args:
-        blocks: The elements.
-        scale: Of each block.
-        bits: Bits per element.
-        shares: Whether values are even from 0 on, and not 0 and the middles of intervals.
-        dither: A number from 0 to 1 for each element.
-    """
-    place = blocks.abs() * (_stochastic_reach(bits, shares) / scale)
-    if shares:
-        return (place + dither).floor() - 2.0 ** (bits - 1)
+def _stochastic(blocks: Tensor, scale: Tensor, bits: int, dither: Tensor) -> Tensor:
+    """The code of a value next to each element, at random."""
+    place = blocks.abs() * (_stochastic_reach(bits) / scale)
     # Of middles k + 1/2, the one above place is taken with the probability place - (k + 1/2); below 1/2, it is that
     # of 0 and 1/2: 2 place.
     interval = (torch.minimum(place - 0.5, 2 * place - 1) + dither).floor().clamp_max(_zero(bits) - 1)
@@ -161,30 +164,29 @@ def decode_values(
         Tensor of that shape and dtype.
     """
     each = saved_per_part(bits, like.device)
-    each_saved = [saved[i : i + each] for i in range(0, len(saved), each)]
+    parts = [saved[i : i + each] for i in range(0, len(saved), each)]
+    return layout.join([_decoded(part, bits, shares, stochastic, like.dtype) for part in parts], like)
+
+
+def _decoded(saved: Sequence[Tensor], bits: int, shares: bool, stochastic: bool, dtype: torch.dtype) -> Tensor:
+    """One part, in blocks."""
+    *packed, scale = saved
+    code, unit = unpack(packed, bits), scale.to(torch.float32)
+    if shares:
+        return _within(
+            torch.where(code == _zero(bits), 0.0, shares_of(code, bits) * (unit / _SHARE_REACH)), unit, dtype
+        )
     if stochastic:
-        return layout.join([_decoded_stochastic(part, bits, shares, like.dtype) for part in each_saved], like)
-    parts = [_decoded(part, bits).to(like.dtype) for part in each_saved]
-    return layout.join(parts, like)
-
-
-def _decoded(saved: Sequence[Tensor], bits: int) -> Tensor:
-    """One part, in blocks, float32."""
-    *packed, scale = saved
-    code = unpack(packed, bits)
-    unit = scale.to(torch.float32)
+        place = torch.where(code == _zero(bits), 0.0, code + 0.5)
+        return _within(place / _stochastic_reach(bits) * unit, unit, dtype)
     values = _of_even(code, unit, bits) if bits >= _EVEN_BITS else _of_bent(code, unit, bits)
-    return torch.where(code == _zero(bits), 0.0, values)
+    return torch.where(code == _zero(bits), 0.0, values).to(dtype)
 
 
-def _decoded_stochastic(saved: Sequence[Tensor], bits: int, shares: bool, dtype: torch.dtype) -> Tensor:
-    *packed, scale = saved
-    code = unpack(packed, bits)
-    place = code + 2.0 ** (bits - 1) if shares else torch.where(code == _zero(bits), 0.0, code + 0.5)
-    unit = scale.to(torch.float32)
-    values = place / _stochastic_reach(bits, shares) * unit
-    most = torch.finfo(dtype).max  # the last value is a little above the largest element, which may be this
-    return torch.where(unit.abs() < float("inf"), values.clamp(-most, most), values).to(dtype)
+def _within(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of a dtype: the last level is a little above the largest element, which may be the dtype's largest."""
+    most = torch.finfo(dtype).max
+    return torch.where(scale.abs() < float("inf"), values.clamp(-most, most), values).to(dtype)
 
 
 def _of_even(code: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -214,9 +216,9 @@ def _zero(bits: int) -> float:
     return 2.0 ** (bits - 1) - 1
 
 
-def _stochastic_reach(bits: int, shares: bool) -> float:
+def _stochastic_reach(bits: int) -> float:
     """The place of the largest element among values: below the last one, whatever way the scale was rounded."""
-    return (2.0**bits - 1 if shares else _zero(bits) - 0.5) * (1 - 2**-7) * _SHRINK
+    return (_zero(bits) - 0.5) * (1 - 2**-7) * _SHRINK
 
 
 def _reach(bits: int) -> float:

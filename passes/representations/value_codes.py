@@ -29,6 +29,9 @@ from .stored_in_planes import StoredInPlanes, decoded_alone
 NORMAL_ERROR = {2: 0.51, 3: 0.202, 4: 0.0912, 5: 0.0429, 6: 0.0204, 7: 0.011, 8: 0.0055}
 # The same with stochastic rounding.
 STOCHASTIC_ERROR = {2: 0.953, 3: 0.324, 4: 0.14, 5: 0.0655, 6: 0.0318, 7: 0.0158, 8: 0.0077}
+# The same of the probabilities of normal logits, rounded to the nearest and at random.
+SHARES_ERROR = {2: 0.303, 3: 0.142, 4: 0.0736, 5: 0.0373, 6: 0.0372, 7: 0.0188, 8: 0.00976}
+STOCHASTIC_SHARES_ERROR = {2: 0.396, 3: 0.207, 4: 0.107, 5: 0.0547, 6: 0.0548, 7: 0.0283, 8: 0.015}
 _OPTIONS = {Reader.NORM: "norm_bits", Reader.SOFTMAX: "softmax_bits"}
 
 
@@ -113,8 +116,11 @@ class ValueCodes(StoredInPlanes):
 
     @property
     def relative_error(self) -> float:
-        """Predicted for a normal distribution."""
-        return (STOCHASTIC_ERROR if self.stochastic else NORMAL_ERROR)[self.bits]
+        """Predicted for a normal distribution, of the values or of the logits of which they are the softmax."""
+        of_values, of_shares = NORMAL_ERROR, SHARES_ERROR
+        if self.stochastic:
+            of_values, of_shares = STOCHASTIC_ERROR, STOCHASTIC_SHARES_ERROR
+        return (of_shares if self.site.shares else of_values)[self.bits]
 
 
 def propose_value_codes(site: Site, config: FewBitConfig) -> Decision | None:
@@ -130,9 +136,7 @@ def propose_value_codes(site: Site, config: FewBitConfig) -> Decision | None:
     dtype = value_of(site.node).dtype
     if dtype not in CODED_DTYPES:
         return Exact(Reason.of(Cause.DTYPE, dtype=str(dtype).removeprefix("torch.")))
-    # Rounded to the nearest, all small probabilities of a row would become 0, and the gradient of its logits wrong in
-    # one direction: twice as much as it is scattered (bench.bias). At random it has no bias, and scatters no more.
-    codes = ValueCodes(site, bits, stochastic=site.shares or config.rounding == "stochastic")
+    codes = ValueCodes(site, bits, stochastic=config.rounding == "stochastic")
     error, limit = codes.relative_error * site.amplification, config.max_relative_error
     if error > limit:
         return Exact(Reason.of(Cause.ERROR_TOO_LARGE, bits=bits, relative_error=error, max_relative_error=limit))

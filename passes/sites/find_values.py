@@ -12,14 +12,18 @@ from fewbit_fx.torch_private.graphs import OpOverload
 from fewbit_fx.torch_private.sizes import hint, storage_key
 
 from ..graph import (
+    COPIES,
     aten,
     by_name,
     closure,
+    constant_value,
     descendants,
     is_local,
     is_pointwise,
+    is_softmax,
     output_values,
     placeholders,
+    prims,
     same_shape,
     tangents,
     value_of,
@@ -45,7 +49,7 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
     Left exact are integers, inputs of the graph that need no gradient (data, which the caller keeps), and statistics
     such as the variance of a norm: small, and read by many elements each. What lives anyway, as parameters do, is
     no site. In place of the logits of a softmax stand its probabilities, or multiples of them: the gradient is linear
-    in them, but exponential in the logits, whose range grows in training.
+    in them, but exponential in the logits, whose range grows in training. They have codes of their own (``shares``).
 
     Args:
         joint: The joint graph of the cut.
@@ -75,7 +79,7 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
         if (kept := kept_as(node)) is not None:
             return ValueSite(node, readers[node.name], kept)
         grows = amplification(read[node.name], gradients, _is_exponential_of_a_softmax)
-        return ValueSite(node, readers[node.name], amplification=grows)
+        return ValueSite(node, readers[node.name], shares=is_softmax and _holds_shares(node), amplification=grows)
 
     found = (
         site(nodes[n.name])
@@ -94,6 +98,25 @@ def _probabilities(saved: fx.Node, gradients: Set[fx.Node]) -> fx.Node | None:
     reached = closure(list(saved.users), lambda node: () if is_end(node) else node.users)
     ends = [node for node in reached if is_end(node)]
     return ends[0] if len(ends) == 1 and _is_exponential_of_a_softmax(ends[0]) else None
+
+
+def _holds_shares(node: fx.Node) -> bool:
+    """Whether it is the result of a softmax, elsewhere, in another precision, or with zeros in place of some."""
+    if is_softmax(node):
+        return _is_exponential_of_a_softmax(node.all_input_nodes[0])
+    inputs = node.all_input_nodes
+    if node.target is aten.where.self:
+        _, *chosen = inputs
+        sources = [n for n in chosen if constant_value(n) != 0]
+    elif node.target is prims.convert_element_type.default or node.target in COPIES or _is_view(node):
+        sources = inputs[:1]
+    else:
+        return False
+    return all(map(_holds_shares, sources))
+
+
+def _is_view(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target.is_view
 
 
 def _packet(node: fx.Node) -> object:

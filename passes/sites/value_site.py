@@ -42,7 +42,7 @@ class ValueSite(TensorSite):
     Attributes:
         reader: What reads it, the most sensitive of several readers.
         kept_as: Why its values are left exact whatever the options say; None where a code may stand for them.
-        shares: Whether its values are from 0 to 1, shares of a whole.
+        shares: Whether its values are shares of a whole, or multiples of them: none is negative.
         amplification: How much larger than the error of its codes the error of what gradients meet may be.
     """
 
