@@ -27,6 +27,7 @@ class Cause(str, Enum):
     INTEGER = "integer"
     DECIDES = "decides"
     STATISTIC = "statistic"
+    ROTATED = "rotated"
     NO_REPRESENTATION = "no representation"
     PRODUCT = "product"
     LOSS = "loss"

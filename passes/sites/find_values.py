@@ -31,10 +31,11 @@ from ..graph import (
 from ..partition import Partition
 from ..reasons import Cause, Reason
 from .amplification import amplification
+from .rotary import read_with_rotated_keys
 from .value_site import Reader, ValueSite
 
 DATA, STATISTIC, INTEGER = Reason(Cause.DATA), Reason(Cause.STATISTIC), Reason(Cause.INTEGER)
-LOSS = Reason(Cause.LOSS)
+LOSS, ROTATED = Reason(Cause.LOSS), Reason(Cause.ROTATED)
 _PRODUCTS = frozenset({aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.linear, aten._scaled_mm, aten._grouped_mm})
 _REDUCTIONS = frozenset(
     {aten.sum, aten.mean, aten.var, aten.var_mean, aten.std, aten.amax, aten.amin, aten.max, aten.logsumexp, aten.norm}
@@ -50,6 +51,7 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
     such as the variance of a norm: small, and read by many elements each. What lives anyway, as parameters do, is
     no site. In place of the logits of a softmax stand its probabilities, or multiples of them: the gradient is linear
     in them, but exponential in the logits, whose range grows in training. They have codes of their own (``shares``).
+    Keys that are rotated after a bias was added are exact (``rotary``).
 
     Args:
         joint: The joint graph of the cut.
@@ -60,6 +62,7 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
     gradients, read = descendants(tangents(backward)), by_name(backward)
     readers = _readers(backward, gradients, _norm_inputs(joint))
     in_losses = _read_by_losses(backward, gradients)
+    rotated = read_with_rotated_keys(joint, backward, gradients)
     saved = {n.name for storage in partition.saved_storages().values() for n in storage}
 
     def kept_as(node: fx.Node) -> Reason | None:
@@ -69,6 +72,8 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
             return DATA
         if node.name in in_losses and readers[node.name] is not Reader.SOFTMAX:
             return LOSS
+        if node.name in rotated:
+            return ROTATED
         return STATISTIC if _is_statistic(node) else None
 
     def site(node: fx.Node) -> ValueSite:

@@ -1,0 +1,96 @@
+"""Keys and queries of attention that are rotated after a bias was added to them, as in Qwen2, GPT-NeoX and Phi.
+
+A softmax does not see what all keys have in common. So the gradient of a bias of keys is 0, and it stays as small as it
+was, but where keys are rotated by angles of their own: then a few channels of the bias grow to a hundred times of what
+attention tells apart (Qwen2.5, by which codes of its keys are known to fail). Nothing of that is left in codes that
+share a scale with such a channel; and errors of what all keys of a row are weighted with meet its size as well.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Set
+
+from torch import fx
+
+from fewbit_fx.torch_private.graphs import OpOverload
+
+from ..graph import COPIES, MOVEMENTS, aten, by_name, closure, is_local, prims, value_of
+
+_BATCHED = frozenset({aten.bmm.default, aten.baddbmm.default})
+_SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
+_LINEAR: frozenset[object] = frozenset(
+    (
+        *COPIES,
+        *MOVEMENTS,
+        *_SUMS,
+        aten.mul.Tensor,
+        aten.neg.default,
+        prims.convert_element_type.default,
+        operator.getitem,
+    )
+)
+
+
+def read_with_rotated_keys(joint: fx.Graph, backward: fx.Graph, gradients: Set[fx.Node]) -> set[str]:
+    """Names of what a backward reads in such attentions.
+
+    Of a fused attention it is all that it reads. In plain operations, of which each has an error of its own, it is keys
+    and queries.
+
+    Args:
+        joint: The joint graph.
+        backward: The backward of a cut of it.
+        gradients: Its nodes that depend on an incoming gradient.
+    """
+    nodes = by_name(joint)
+    found: set[str] = set()
+    for reader in backward.nodes:
+        is_fused = "attention" in str(reader.target)
+        if reader in gradients and (is_fused or reader.target in _BATCHED):
+            read = [n for n in reader.all_input_nodes if n not in gradients]
+            keys = [n for n in read if n.name in nodes and _is_rotated_with_bias(nodes[n.name])]
+            whole = closure(read if is_fused and keys else keys, lambda n: n.all_input_nodes if is_local(n) else ())
+            found |= {n.name for n in whole}
+    return found
+
+
+def _is_rotated_with_bias(node: fx.Node) -> bool:
+    """Whether two terms of one product, that has a bias, are added up on the way to a value."""
+    sums = (n for n in closure([node], _terms) if n.target in _SUMS)
+    return any(_have_one_source(n.all_input_nodes) for n in sums)
+
+
+def _have_one_source(terms: list[fx.Node]) -> bool:
+    one, *others = (set(filter(_is_biased_product, closure([term], _terms))) for term in terms)
+    return any(not one.isdisjoint(other) for other in others)
+
+
+def _terms(node: fx.Node) -> list[fx.Node]:
+    """What a value is linear in, element by element."""
+    inputs = node.all_input_nodes
+    is_linear = node.target in _LINEAR or (isinstance(node.target, OpOverload) and node.target.is_view)
+    if not is_linear or _is_biased_product(node):
+        return []
+    if node.target is aten.mul.Tensor and len(inputs) == 2:  # as in a norm, which makes all channels alike
+        before = (closure([n], lambda m: [] if _is_biased_product(m) else m.all_input_nodes) for n in inputs)
+        one, other = (set(filter(_is_biased_product, reached)) for reached in before)
+        return [] if one & other else inputs
+    return inputs
+
+
+def _is_biased_product(node: fx.Node) -> bool:
+    """A product to which one number is added for each column, by itself or behind it."""
+    if node.target is aten.addmm.default:
+        return bool(value_of(node.all_input_nodes[0]).dim() == 1)
+    if node.target is not aten.add.Tensor:
+        return False
+    inputs = node.all_input_nodes
+    is_bias = [n.op == "placeholder" and value_of(n).dim() == 1 for n in inputs]
+    return any(is_bias) and any(_is_product(n) for n in inputs)
+
+
+def _is_product(node: fx.Node) -> bool:
+    while isinstance(node.target, OpOverload) and node.target.is_view:
+        node = node.all_input_nodes[0]
+    return node.target is aten.mm.default
