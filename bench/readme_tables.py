@@ -31,6 +31,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Sequence[File]], Iterator[str]]]] = {
     "saved": ("saved_{device}", saved_table.lines),
     "patterns": ("patterns_{device}", patterns.lines),
     "evidence_memory": ("evidence_{device}/memory/.*", memory_table.lines),
+    "evidence_every_method": ("evidence_{device}/memory/.*", memory_table.all_lines),
     "evidence_peak": ("evidence_{device}/peak/.*", peak.lines),
     "evidence_peak_beside_time": ("evidence_{device}/memory/.*", peak.lines),
     "evidence_largest_batch": ("evidence_{device}/largest_batch/.*", largest_batch.lines),

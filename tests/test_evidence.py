@@ -278,7 +278,7 @@ def test_the_frontier() -> None:
     assert not slow.is_ours
 
 
-def write(folder: Path, method: str, held: int, time: float, error: float | None, model: str = "Llama-3") -> None:
+def write(folder: Path, method: str, held: float, time: float, error: float | None, model: str = "Llama-3") -> None:
     case = memory.case(model, method, QUICK, "bfloat16", "cpu", 1.0)
     timing = {
         "name": method,
@@ -290,7 +290,7 @@ def write(folder: Path, method: str, held: int, time: float, error: float | None
         "ratio": time,
     }
     result = {
-        "memory": {"held_bytes": held * 2**20, "peak_bytes": held * 2**21},
+        "memory": {"held_bytes": int(held * 2**20), "peak_bytes": int(held * 2**21)},
         "timing": timing,
         "gradient_error": error,
     }
@@ -353,6 +353,15 @@ def test_the_best_of_each(measured: Path) -> None:
         "| checkpoint: -75 %, x 1.40 | checkpoint: -75 %, x 1.40 |"
     )
     assert list(memory_table.verdict(files)) == ["- Llama-3: `derivatives, 3 bits` by `budget 0.9`."]
+
+
+def test_a_gradient_that_is_not_finite_wins_nothing(measured: Path) -> None:
+    write(measured, "fp8 e5m2", 0.5, 0.9, float("nan"))
+    files = Store(measured).files("memory")
+    (of_model,) = points(files).values()
+    assert "fp8 e5m2" not in {p.method for p in frontier(of_model)}
+    assert "| *-88 %, x 0.90 (not finite)* |" in list(memory_table.lines(files))[2]
+    assert not any("fp8" in line for line in (*memory_table.best_lines(files), *memory_table.verdict(files)))
 
 
 def test_the_plot_of_memory(measured: Path) -> None:

@@ -156,3 +156,26 @@ def test_a_gated_mlp_with_codes_of_values(bits: int) -> None:
     assert (kernel.loads, kernel.stores) == (2, 1 + 2 * (saved + 1))
     # The gradients and the product for the last weight. Planes are more loads than Inductor fuses unasked.
     assert len(fewbit.backward) == (1 if bits == 8 else 2)
+
+
+class Attention(nn.Module):
+    """In plain operations; of scores that no pass of Inductor's takes for those of a fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.last = (nn.Linear(256, 256, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(8, 256, 4, 64).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        y = torch.tanh(q @ k.mT / 8).softmax(-1) @ v
+        return self.last(y.transpose(1, 2).reshape(2048, 256))  # type: ignore[no-any-return]
+
+
+def test_a_softmax_with_codes_of_its_probabilities() -> None:
+    """The sum of a row of decoded probabilities rides with that of its gradient; their encode has blocks, not rows."""
+    own = FewBitConfig(recipe="exact", recompute=False, strict=True)
+    coded = own.updated({"softmax_bits": 8})
+    plain, fewbit = (generate(Attention(), (2048, 256), torch.bfloat16, c) for c in (own, coded))
+    assert [s.bits for s in fewbit.record.sites if s.form == "values"] == [8]
+    assert len(fewbit.backward) == len(plain.backward)
+    assert len(fewbit.forward) == len(plain.forward) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class Point:
         held_bytes: Held by the allocator from forward to backward.
         held: The same as a share of the reference's.
         time: Of a step, over the reference's.
-        error: Relative error of the first gradient; 0 where a method is exact.
+        error: Relative error of the first gradient; 0 where a method is exact, infinite where it is not finite.
     """
 
     model: str
@@ -57,10 +58,12 @@ def _point(model: str, method: str, results: dict[tuple[str, str], dict]) -> Poi
     own, plain = results[model, method], results[model, REFERENCE]
     held = own["memory"]["held_bytes"]
     share = held / plain["memory"]["held_bytes"]
-    return Point(model, method, held, share, own["timing"]["ratio"], own["gradient_error"] or 0.0)
+    error = own["gradient_error"] or 0.0
+    return Point(model, method, held, share, own["timing"]["ratio"], error if math.isfinite(error) else math.inf)
 
 
 def frontier(of_a_model: Sequence[Point]) -> list[Point]:
-    """Those that no other beats, fewest bytes last."""
-    unbeaten = [point for point in of_a_model if not any(other.beats(point) for other in of_a_model)]
+    """Those with a gradient that no other beats, fewest bytes last."""
+    usable = [point for point in of_a_model if math.isfinite(point.error)]
+    unbeaten = [point for point in usable if not any(other.beats(point) for other in usable)]
     return sorted(unbeaten, key=lambda point: -point.held)

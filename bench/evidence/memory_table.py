@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -71,9 +72,13 @@ def _sizes(files: Sequence[File]) -> str:
 def _cell(point: Point, is_beaten: bool = False) -> str:
     if point.method == REFERENCE:
         return mebibytes(point.held_bytes)
-    error = f" ({100 * point.error:.1f} %)" if point.error else ""
+    error = f" ({_percent(point.error)})" if point.error else ""
     text = f"{100 * (point.held - 1):+.0f} %, x {point.time:.2f}{error}"
     return f"*{text}*" if is_beaten else text
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.1f} %" if math.isfinite(error) else "not finite"
 
 
 def best_lines(files: Sequence[File]) -> Iterator[str]:
@@ -87,7 +92,7 @@ def best_lines(files: Sequence[File]) -> Iterator[str]:
         "at any time and error": lambda p: True,
     }
     body = (
-        [model, *(_winner([p for p in each if holds(p)]) for holds in conditions.values())]
+        [model, *(_winner([p for p in each if math.isfinite(p.error) and holds(p)]) for holds in conditions.values())]
         for model, each in found.items()
     )
     yield from markdown(["fewest bytes held", *conditions], *body)
