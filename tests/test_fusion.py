@@ -152,9 +152,9 @@ def test_a_gated_mlp_with_codes_of_values(bits: int) -> None:
     assert plain.counts == (1, 1)
     assert len(fewbit.forward) == 1
     (kernel,) = fewbit.forward
-    saved = 1 if bits == 8 else bits
-    assert (kernel.loads, kernel.stores) == (2, 1 + 2 * (saved + 1))
-    # The gradients and the product for the last weight. Planes are more loads than Inductor fuses unasked.
+    words = 1 if bits == 8 else bits
+    assert (kernel.loads, kernel.stores) == (2, 1 + 2 * (words + 1))
+    # The gradients and the product for the last weight. Fields are more operations than Inductor fuses unasked.
     assert len(fewbit.backward) == (1 if bits == 8 else 2)
 
 

@@ -26,4 +26,4 @@ def test_codes_come_back(bits: int, as_bytes: bool, seed: int, groups: int) -> N
         packed = pack(codes, bits)
         assert torch.equal(unpack(packed, bits), codes)
         assert sum(t.numel() * t.element_size() for t in packed) * 8 == codes.numel() * bits
-        assert len(packed) == tensors_of_codes(bits, CPU)
+        assert len(packed) == tensors_of_codes(bits)

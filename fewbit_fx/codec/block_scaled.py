@@ -163,7 +163,7 @@ def decode_values(
     Returns:
         Tensor of that shape and dtype.
     """
-    each = saved_per_part(bits, like.device)
+    each = saved_per_part(bits)
     parts = [saved[i : i + each] for i in range(0, len(saved), each)]
     return layout.join([_decoded(part, bits, shares, stochastic, like.dtype) for part in parts], like)
 
@@ -206,9 +206,9 @@ def block_layout(x: Tensor, bits: int) -> PlaneLayout:
     return plane_layout(x, lanes=(blocks_per_group(bits, x.device),))
 
 
-def saved_per_part(bits: int, device: torch.device) -> int:
+def saved_per_part(bits: int) -> int:
     """How many tensors are saved for each part of a layout: the fields and the scales."""
-    return tensors_of_codes(bits, device) + 1
+    return tensors_of_codes(bits) + 1
 
 
 def _zero(bits: int) -> float:

@@ -4,7 +4,7 @@ A code of b bits is cut into fields whose widths divide a byte, 6 = 4 + 2. On a 
 bytes are a word; a field of the same place in two blocks (4 bits) or four (2 bits) shares a byte. Masks and shifts then
 work on four codes at a time. On a GPU the 32 elements of a block are reduced together, which also finds the block's
 scale: a field of 4 bits of eight neighbours is a word of 32 bits, the sum of the shifted fields, so that the block has
-four words of it. Codes of 8 bits are bytes on both.
+four words of it, side by side. Codes of 8 bits are bytes on both.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def packs_bytes(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def tensors_of_codes(bits: int, device: torch.device) -> int:
+def tensors_of_codes(bits: int) -> int:
     """How many tensors hold the codes of as many bits."""
-    return 1 if bits == _BYTE else len(_fields(bits)) if packs_bytes(device) else bits
+    return len(_fields(bits))
 
 
 def blocks_per_group(bits: int, device: torch.device) -> int:
@@ -45,7 +45,7 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
 
     Returns:
         With 8 bits the codes, int8 of their shape. Else for each field one tensor, int32 of shape
-        (..., blocks * width / 8, 8), or, where a block has words of its own, ``width`` of shape (..., blocks, 1).
+        (..., blocks * width / 8, 8), or, where a block has words of its own, (..., blocks, width).
     """
     if bits == _BYTE:
         return [codes.to(torch.int8)]
@@ -54,19 +54,15 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
         words = from_zero.to(torch.int8).view(torch.int32)
         return [_pack_field(_shifted_right(words, below), width) for width, below in _fields(bits)]
     whole = from_zero.to(torch.int32)
-    fields = [_words_of_block(_shifted_right(whole, below), width) for width, below in _fields(bits)]
-    return [word for words in fields for word in words]
+    return [_words_of_block(_shifted_right(whole, below), width) for width, below in _fields(bits)]
 
 
 def unpack(packed: Sequence[Tensor], bits: int) -> Tensor:
     """The codes of :func:`pack`, float32 of their shape."""
     if bits == _BYTE:
         return packed[0].to(torch.float32)
-    if packs_bytes(packed[0].device):
-        fields = [_unpack_field(field, width) for field, (width, _) in zip(packed, _fields(bits), strict=True)]
-    else:
-        words = iter(packed)
-        fields = [_fields_of_block([next(words) for _ in range(width)], width) for width, _ in _fields(bits)]
+    unpacked = _unpack_field if packs_bytes(packed[0].device) else _fields_of_block
+    fields = [unpacked(field, width) for field, (width, _) in zip(packed, _fields(bits), strict=True)]
     whole = fields[-1]
     for field, (_, below) in zip(fields[:-1], _fields(bits), strict=False):
         whole = whole | (field << below)
@@ -84,23 +80,22 @@ def _shifted_right(codes: Tensor, by: int) -> Tensor:
     return codes >> by if by else codes
 
 
-def _words_of_block(codes: Tensor, width: int) -> list[Tensor]:
-    """The lowest bits of the int32 codes of a block, (..., 32) -> words (..., 1): so many neighbours as fit share one.
+def _words_of_block(codes: Tensor, width: int) -> Tensor:
+    """The lowest bits of the int32 codes of a block, (..., 32) -> (..., width): so many neighbours as fit share a word.
 
     All are sums over the whole block, which a GPU's kernel has in one loop.
     """
     place, number = _places(width, codes.device)
     shifted = (codes & (2**width - 1)) << place
     zero = torch.zeros((), dtype=torch.int32, device=codes.device)
-    return [torch.where(number == i, shifted, zero).sum(-1, keepdim=True, dtype=torch.int32) for i in range(width)]
+    words = [torch.where(number == i, shifted, zero).sum(-1, keepdim=True, dtype=torch.int32) for i in range(width)]
+    return torch.cat(words, -1)
 
 
-def _fields_of_block(words: Sequence[Tensor], width: int) -> Tensor:
+def _fields_of_block(words: Tensor, width: int) -> Tensor:
     """The fields of :func:`_words_of_block`, of shape (..., 32)."""
-    place, number = _places(width, words[0].device)
-    own = words[-1]
-    for i in reversed(range(width - 1)):
-        own = torch.where(number == i, words[i], own)
+    place, _ = _places(width, words.device)
+    own = words.unsqueeze(-1).expand(*words.shape, WORD_BITS // width).reshape(*words.shape[:-1], WORD_BITS)
     field: Tensor = (own >> place) & (2**width - 1)
     return field
 

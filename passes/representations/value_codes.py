@@ -96,7 +96,7 @@ class ValueCodes(StoredInPlanes):
     @property
     def tensors(self) -> int:
         """The fields of the codes and the scales, in as many parts as the layout has."""
-        return saved_per_part(self.bits, self.value.device) * self.layout.parts(self.value)
+        return saved_per_part(self.bits) * self.layout.parts(self.value)
 
     @property
     def layout(self) -> PlaneLayout:
