@@ -104,6 +104,23 @@ def test_other_keys_are_coded(options: dict[str, bool], fused: bool) -> None:
     assert not any(s.reason is not None and s.reason.cause is Cause.ROTATED for s in seen.record.sites)
 
 
+def test_sizes_that_change() -> None:
+    seen = watch(Attention(), torch.randn(4, TOKENS, WIDTH), config=config("lean"), dynamic=True)
+    assert any(s.reason is not None and s.reason.cause is Cause.ROTATED for s in seen.record.sites)
+
+
+def test_under_autocast() -> None:
+    """A bias is another number then, of which the graph has a copy in bfloat16."""
+    model = Attention()
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)  # type: ignore[no-any-return]
+
+    seen = watch(forward, torch.randn(4, TOKENS, WIDTH), config=config("lean"))
+    assert any(s.reason is not None and s.reason.cause is Cause.ROTATED for s in seen.record.sites)
+
+
 def test_sums_of_a_layer_with_itself_that_no_attention_reads() -> None:
     first, last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
     seen = watch(

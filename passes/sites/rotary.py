@@ -11,13 +11,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Set
 
-from torch import fx
+from torch import Tensor, fx
 
 from fewbit_fx.torch_private.graphs import OpOverload
 
 from ..graph import COPIES, MOVEMENTS, aten, by_name, closure, is_local, prims, value_of
 
 _BATCHED = frozenset({aten.bmm.default, aten.baddbmm.default})
+_PRODUCTS = _BATCHED | {aten.mm.default, aten.addmm.default, aten.convolution.default}
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 _LINEAR: frozenset[object] = frozenset(
     (
@@ -70,27 +71,40 @@ def _terms(node: fx.Node) -> list[fx.Node]:
     """What a value is linear in, element by element."""
     inputs = node.all_input_nodes
     is_linear = node.target in _LINEAR or (isinstance(node.target, OpOverload) and node.target.is_view)
-    if not is_linear or _is_biased_product(node):
+    if not is_linear or _is_product(node):
         return []
-    if node.target is aten.mul.Tensor and len(inputs) == 2:  # as in a norm, which makes all channels alike
-        before = (closure([n], lambda m: [] if _is_biased_product(m) else m.all_input_nodes) for n in inputs)
-        one, other = (set(filter(_is_biased_product, reached)) for reached in before)
+    factors = [n for n in node.args if isinstance(n, fx.Node)]
+    if node.target is aten.mul.Tensor and len(factors) == 2:  # as in a norm, which makes all channels alike
+        one, other = (_products_behind(n) for n in factors)
         return [] if one & other else inputs
     return inputs
 
 
-def _is_biased_product(node: fx.Node) -> bool:
-    """A product to which one number is added for each column, by itself or behind it."""
-    if node.target is aten.addmm.default:
-        return bool(value_of(node.all_input_nodes[0]).dim() == 1)
-    if node.target is not aten.add.Tensor:
-        return False
-    inputs = node.all_input_nodes
-    is_bias = [n.op == "placeholder" and value_of(n).dim() == 1 for n in inputs]
-    return any(is_bias) and any(_is_product(n) for n in inputs)
+def _products_behind(node: fx.Node) -> set[fx.Node]:
+    """The matrix products that a value is computed from, and not from what is computed from them."""
+    return set(filter(_is_product, closure([node], lambda n: [] if _is_product(n) else n.all_input_nodes)))
 
 
 def _is_product(node: fx.Node) -> bool:
+    return node.target in _PRODUCTS or _is_biased_product(node)
+
+
+def _is_biased_product(node: fx.Node) -> bool:
+    """A product to which one number is added for each column, by itself or behind it."""
+    inputs = node.all_input_nodes
+    if node.target is aten.addmm.default:
+        return bool(value_of(inputs[0]).dim() == 1)
+    return (
+        node.target is aten.add.Tensor and any(map(_is_column_of_numbers, inputs)) and any(map(_is_view_of_mm, inputs))
+    )
+
+
+def _is_column_of_numbers(node: fx.Node) -> bool:
+    value = value_of(node)
+    return node.op == "placeholder" and isinstance(value, Tensor) and value.dim() == 1
+
+
+def _is_view_of_mm(node: fx.Node) -> bool:
     while isinstance(node.target, OpOverload) and node.target.is_view:
         node = node.all_input_nodes[0]
     return node.target is aten.mm.default
