@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fewbit_fx.torch_private.graphs import OpOverload
 from fewbit_fx.torch_private.sizes import storage_nbytes
 
-from .graph import ancestors, by_name, closure, descendants, is_pointwise, tangents
+from .graph import ancestors, by_name, closure, descendants, is_pointwise, is_view, tangents
 from .partition import Partition
 from .rewrite import SITE
 from .sites import Site, Unreadable
@@ -142,11 +141,7 @@ def _nbytes(nodes: list[fx.Node]) -> int:
 
 def _elementwise_ancestors(roots: list[fx.Node]) -> set[fx.Node]:
     """The roots and what they follow from element by element, not by way of a reduction."""
-    return closure(roots, lambda n: n.all_input_nodes if is_pointwise(n) or _is_view(n) else ())
-
-
-def _is_view(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target.is_view
+    return closure(roots, lambda n: n.all_input_nodes if is_pointwise(n) or is_view(n) else ())
 
 
 def _readers(backward: fx.Graph) -> dict[str, set[str]]:

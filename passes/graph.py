@@ -68,6 +68,11 @@ def is_local(node: fx.Node) -> bool:
     return is_pointwise(node) or node.target in MOVEMENTS
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether the value is another look at its input's memory."""
+    return isinstance(node.target, OpOverload) and node.target.is_view
+
+
 def is_softmax(node: fx.Node) -> bool:
     """Whether each number is divided by the sum of its row, as at the end of a softmax."""
     if node.target is not aten.div.Tensor:
@@ -113,6 +118,11 @@ def descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
 def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
     """The roots and all that they depend on."""
     return closure(roots, lambda n: n.all_input_nodes)
+
+
+def local_ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """The roots and what their elements follow from, each from few."""
+    return closure(roots, lambda n: n.all_input_nodes if is_local(n) else ())
 
 
 def closure(roots: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:

@@ -153,7 +153,8 @@ def put_in(work: Work) -> Work:
     while work.coded:
         try:
             chosen = rewrite(work.plain, work.plan, work.sites)
-            balance(chosen.backward, work.softmax_rows())
+            if rows := work.softmax_rows():
+                balance(chosen.backward, rows)  # which compiles the graph once more
             return replace(work, chosen=chosen)
         except SiteError as error:
             fault = Fault("the pass 'rewrite'", error.cause)

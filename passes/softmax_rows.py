@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from .graph import COPIES, aten, by_name, closure, descendants, is_local, is_softmax, prims, tangents, value_of
+from .graph import COPIES, aten, by_name, descendants, is_softmax, local_ancestors, prims, tangents, value_of
 from .splice import after, description, splice, trace
 
 
@@ -114,5 +114,4 @@ def _is_softmax_over(node: fx.Node | None, dims: list[int]) -> bool:
 
 
 def _follows_from(p: fx.Node, decoded: Set[str]) -> bool:
-    reached = closure([p], lambda node: node.all_input_nodes if is_local(node) else ())
-    return any(node.name in decoded for node in reached)
+    return any(node.name in decoded for node in local_ancestors([p]))

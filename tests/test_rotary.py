@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check_sums, watch
+from helpers import Seen, check_sums, watch
 from torch import Tensor, nn
 
 import fewbit_fx
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.passes.reasons import Cause
+from fewbit_fx.passes.record import SiteRecord
 
 WIDTH, HEADS, TOKENS = 64, 2, 64
 
@@ -66,6 +67,11 @@ class Attention(nn.Module):
         return self.last(F.gelu(self.next(y.transpose(1, 2).flatten(2)))).square().mean()
 
 
+def rotated(seen: Seen) -> list[SiteRecord]:
+    """The sites that are exact for that reason."""
+    return [s for s in seen.record.sites if s.reason is not None and s.reason.cause is Cause.ROTATED]
+
+
 def config(recipe: str) -> FewBitConfig:
     return FewBitConfig(recipe=recipe, strict=True, min_numel=0)
 
@@ -90,8 +96,7 @@ def test_channels_of_keys_that_are_large(recipe: str, fused: bool, rotation: str
 @pytest.mark.parametrize("fused", [False, True])
 def test_which_tensors_are_exact(fused: bool, rotation: str) -> None:
     seen = watch(Attention(rotation, fused), torch.randn(4, TOKENS, WIDTH), config=config("lean"))
-    exact = [s for s in seen.record.sites if s.reason is not None and s.reason.cause is Cause.ROTATED]
-    assert sum(math.prod(s.shape) == 4 * TOKENS * WIDTH for s in exact) == (4 if fused else 2)
+    assert sum(math.prod(s.shape) == 4 * TOKENS * WIDTH for s in rotated(seen)) == (4 if fused else 2)
     check_sums(seen.record)
 
 
@@ -101,12 +106,12 @@ def test_which_tensors_are_exact(fused: bool, rotation: str) -> None:
 )
 def test_other_keys_are_coded(options: dict[str, bool], fused: bool) -> None:
     seen = watch(Attention(fused=fused, **options), torch.randn(4, TOKENS, WIDTH), config=config("lean"))
-    assert not any(s.reason is not None and s.reason.cause is Cause.ROTATED for s in seen.record.sites)
+    assert not rotated(seen)
 
 
 def test_sizes_that_change() -> None:
     seen = watch(Attention(), torch.randn(4, TOKENS, WIDTH), config=config("lean"), dynamic=True)
-    assert any(s.reason is not None and s.reason.cause is Cause.ROTATED for s in seen.record.sites)
+    assert rotated(seen)
 
 
 def test_under_autocast() -> None:
@@ -118,7 +123,7 @@ def test_under_autocast() -> None:
             return model(x)  # type: ignore[no-any-return]
 
     seen = watch(forward, torch.randn(4, TOKENS, WIDTH), config=config("lean"))
-    assert any(s.reason is not None and s.reason.cause is Cause.ROTATED for s in seen.record.sites)
+    assert rotated(seen)
 
 
 def test_sums_of_a_layer_with_itself_that_no_attention_reads() -> None:
@@ -126,4 +131,4 @@ def test_sums_of_a_layer_with_itself_that_no_attention_reads() -> None:
     seen = watch(
         lambda x: last((h := first(x)) + 0.5 * h * h).square().mean(), torch.randn(256, WIDTH), config=config("lean")
     )
-    assert not any(s.reason is not None and s.reason.cause is Cause.ROTATED for s in seen.record.sites)
+    assert not rotated(seen)

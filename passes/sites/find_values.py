@@ -21,6 +21,7 @@ from ..graph import (
     is_local,
     is_pointwise,
     is_softmax,
+    is_view,
     output_values,
     placeholders,
     prims,
@@ -113,15 +114,11 @@ def _holds_shares(node: fx.Node) -> bool:
     if node.target is aten.where.self:
         _, *chosen = inputs
         sources = [n for n in chosen if constant_value(n) != 0]
-    elif node.target is prims.convert_element_type.default or node.target in COPIES or _is_view(node):
+    elif node.target is prims.convert_element_type.default or node.target in COPIES or is_view(node):
         sources = inputs[:1]
     else:
         return False
     return all(map(_holds_shares, sources))
-
-
-def _is_view(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target.is_view
 
 
 def _packet(node: fx.Node) -> object:

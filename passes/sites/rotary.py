@@ -13,9 +13,7 @@ from collections.abc import Set
 
 from torch import Tensor, fx
 
-from fewbit_fx.torch_private.graphs import OpOverload
-
-from ..graph import COPIES, MOVEMENTS, aten, by_name, closure, is_local, prims, value_of
+from ..graph import COPIES, MOVEMENTS, aten, by_name, closure, is_view, local_ancestors, prims, value_of
 
 _BATCHED = frozenset({aten.bmm.default, aten.baddbmm.default})
 _PRODUCTS = _BATCHED | {aten.mm.default, aten.addmm.default, aten.convolution.default}
@@ -51,8 +49,7 @@ def read_with_rotated_keys(joint: fx.Graph, backward: fx.Graph, gradients: Set[f
         if reader in gradients and (is_fused or reader.target in _BATCHED):
             read = [n for n in reader.all_input_nodes if n not in gradients]
             keys = [n for n in read if n.name in nodes and _is_rotated_with_bias(nodes[n.name])]
-            whole = closure(read if is_fused and keys else keys, lambda n: n.all_input_nodes if is_local(n) else ())
-            found |= {n.name for n in whole}
+            found |= {n.name for n in local_ancestors(read if is_fused and keys else keys)}
     return found
 
 
@@ -70,8 +67,7 @@ def _have_one_source(terms: list[fx.Node]) -> bool:
 def _terms(node: fx.Node) -> list[fx.Node]:
     """What a value is linear in, element by element."""
     inputs = node.all_input_nodes
-    is_linear = node.target in _LINEAR or (isinstance(node.target, OpOverload) and node.target.is_view)
-    if not is_linear or _is_product(node):
+    if not (node.target in _LINEAR or is_view(node)) or _is_product(node):
         return []
     factors = [n for n in node.args if isinstance(n, fx.Node)]
     if node.target is aten.mul.Tensor and len(factors) == 2:  # as in a norm, which makes all channels alike
@@ -105,6 +101,6 @@ def _is_column_of_numbers(node: fx.Node) -> bool:
 
 
 def _is_view_of_mm(node: fx.Node) -> bool:
-    while isinstance(node.target, OpOverload) and node.target.is_view:
+    while is_view(node):
         node = node.all_input_nodes[0]
     return node.target is aten.mm.default
