@@ -227,6 +227,12 @@ def test_cases_have_files_of_their_own() -> None:
     assert [case.settings["steps"] for case in convergence.quick_cases()] == [30, 30]
 
 
+@pytest.mark.parametrize(("device", "processes"), [("cpu", 8), ("cuda", 4)])
+def test_seeds_share_a_process_on_a_gpu(device: str, processes: int) -> None:
+    found = convergence.cases(["RTE, LoRA", SILU], ["inductor", "lean, stochastic"], [0, 1], device)
+    assert len({case.process or case.file for case in found}) == processes
+
+
 def file_of(task: str, method: str, seed: int, metrics: Mapping[str, float], error: float | None = None) -> File:
     about = {"device": "CPU", "torch": "2.13.0", "date": "2026-11-26", "commit": "abc1234", "settings": ""}
     result = {

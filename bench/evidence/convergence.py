@@ -3,7 +3,8 @@
 python -m bench.evidence.convergence '{"task": "digits, ViT", "method": "default", "seed": 0, "steps": 300, ...}'
 
 A seed decides the weights that are not pretrained, the order of batches, and dropout, alike for every method that
-torch.compile has a part in. Validation is by plain PyTorch, the same code for every method.
+torch.compile has a part in. Validation is by plain PyTorch, the same code for every method. On a GPU the seeds of a
+task and method share a process: a small model trains in seconds there, and compiling it would be the most of the time.
 """
 
 from __future__ import annotations
@@ -166,7 +167,8 @@ def cases(
 
 def _case(task: Task, method: str, seed: int, others: dict[str, Any]) -> Case:
     settings = {"task": task.name, "method": method, "seed": seed, **others}
-    return Case("convergence", f"{task.name}, {method}, seed {seed}", settings)
+    name = f"{task.name}, {method}"
+    return Case("convergence", f"{name}, seed {seed}", settings, process=name if others["device"] == "cuda" else None)
 
 
 def quick_cases(device: str = "cpu") -> list[Case]:
