@@ -123,6 +123,7 @@ def gpu_layout() -> Iterator[None]:
     choices: dict[str, Any] = {
         "bitplanes.lanes_for": (1,),
         "packing.packs_bytes": False,
+        "block_scaled.packs_bytes": False,
         "encode_decode.takes_signs": False,
         "scheme.takes_signs": False,
         "sampled_levels.takes_signs": False,

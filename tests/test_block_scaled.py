@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench.offline_triton import gpu_layout
 from fewbit_fx.codec.block_scaled import block_layout, decode_values, encode_values, scale_nbytes
 from fewbit_fx.codec.shares import DIGITS, shares_of
 from fewbit_fx.config import MIN_VALUE_BITS
@@ -43,6 +45,32 @@ def test_half_a_bit_of_scales() -> None:
     assert scale_nbytes(x, block_layout(x, 4)) * 8 == x.numel() // 2
     saved = encode_values(x, 4, block_layout(x, 4))
     assert sum(t.numel() * t.element_size() for t in saved) * 8 == int(4.5 * x.numel())
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    shape=st.lists(st.integers(0, 40), max_size=3),
+    reordered=st.booleans(),
+    bits=st.sampled_from(BITS),
+    shares=st.booleans(),
+    stochastic=st.booleans(),
+)
+def test_a_gpu_decodes_what_a_cpu_does(
+    shape: list[int], reordered: bool, bits: int, shares: bool, stochastic: bool
+) -> None:
+    """One goes through the elements as the tensor has them, the other block by block."""
+    x = torch.rand(shape)
+    if reordered and shape:
+        x = x.movedim(0, -1)
+    decoded = []
+    for layout in (contextlib.nullcontext, gpu_layout):
+        with layout():
+            blocks = block_layout(x, bits)
+            codes = encode_values(x, bits, blocks, shares=shares)
+            decoded.append(decode_values(codes, bits, blocks, x, stochastic, shares))
+    by_cpu, by_gpu = decoded
+    assert torch.equal(by_gpu, by_cpu)
+    assert by_gpu.stride() == by_cpu.stride()
 
 
 @settings(deadline=None, max_examples=100)

@@ -69,12 +69,21 @@ class PlaneLayout:
 
     def join(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """The tensor, of the shape of another, whose parts these are."""
+        return self.arranged(self.in_memory(parts, like))
+
+    def in_memory(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The same with its dimensions as they lie in memory: before :meth:`arranged`."""
+        shape = sizes_in_memory(sizes_of(like), self.order)
         if self._fills(like):
-            return from_memory_order(parts[0], sizes_of(like), self.order)
+            return parts[0].reshape(shape)
         flats = [part.reshape(-1) for part in parts]
         numel = _numel(like)
         flats[-1] = flats[-1][: numel - sum(flat.numel() for flat in flats[:-1])]
-        return from_memory_order(torch.cat(flats) if len(flats) > 1 else flats[0], sizes_of(like), self.order)
+        return (torch.cat(flats) if len(flats) > 1 else flats[0]).reshape(shape)
+
+    def arranged(self, elements: Tensor) -> Tensor:
+        """The tensor whose dimensions, as they lie in memory, are given."""
+        return arranged(elements, self.order)
 
     def blocks(self, x: Tensor) -> Tensor:
         """Whole blocks, shape (kept dimensions, blocks, 32, lanes), of a tensor in memory order."""
@@ -169,9 +178,17 @@ def in_memory_order(x: Tensor, order: tuple[int, ...]) -> Tensor:
 
 def from_memory_order(flat: Tensor, shape: Sequence[int], order: tuple[int, ...]) -> Tensor:
     """The tensor of this shape whose elements, in that order, are ``flat``."""
-    if not order:
-        return flat.reshape(shape)
-    return flat.reshape([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
+    return arranged(flat.reshape(sizes_in_memory(shape, order)), order)
+
+
+def sizes_in_memory(shape: Sequence[int], order: tuple[int, ...]) -> Sequence[int]:
+    """The sizes of a tensor's dimensions in the order of :func:`memory_order`."""
+    return [shape[d] for d in order] if order else shape
+
+
+def arranged(elements: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The tensor whose dimensions, in that order, are given."""
+    return elements.permute([order.index(d) for d in range(len(order))]) if order else elements
 
 
 def _numel(x: Tensor) -> int:

@@ -30,14 +30,15 @@ all is infinite but zeros: a mask of 0 and -inf is exact. In a block with NaN, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fewbit_fx.codec.bitplanes import PlaneLayout, plane_layout
+from fewbit_fx.codec.bitplanes import WORD_BITS, PlaneLayout, plane_layout
 from fewbit_fx.codec.dither import uniform
-from fewbit_fx.codec.packing import blocks_per_group, pack, tensors_of_codes, unpack
+from fewbit_fx.codec.packing import blocks_per_group, pack, packs_bytes, tensors_of_codes, unpack
 from fewbit_fx.codec.shares import share_codes, shares_of
 from fewbit_fx.torch_private.inductor import keeps_rounding
 
@@ -163,15 +164,32 @@ def decode_values(
     Returns:
         Tensor of that shape and dtype.
     """
+    values = functools.partial(_values, bits=bits, dtype=like.dtype, stochastic=stochastic, shares=shares)
+    if not packs_bytes(like.device):
+        return layout.arranged(_element_by_element(saved, values, bits, layout, like))
     each = saved_per_part(bits)
     parts = [saved[i : i + each] for i in range(0, len(saved), each)]
-    return layout.join([_decoded(part, bits, shares, stochastic, like.dtype) for part in parts], like)
+    return layout.join([values(unpack(codes, bits), scale) for *codes, scale in parts], like)
 
 
-def _decoded(saved: Sequence[Tensor], bits: int, shares: bool, stochastic: bool, dtype: torch.dtype) -> Tensor:
-    """One part, in blocks."""
-    *packed, scale = saved
-    code, unit = unpack(packed, bits), scale.to(torch.float32)
+def _element_by_element(
+    saved: Sequence[Tensor], values: Callable[[Tensor, Tensor], Tensor], bits: int, layout: PlaneLayout, like: Tensor
+) -> Tensor:
+    """All that is computed, in the dimensions of the elements: Inductor fuses only kernels that go through the same.
+
+    Where one that goes block by block is too long for what reads it to compute it again, it has a kernel of its own.
+    """
+
+    def placed(blocks: Tensor) -> Tensor:
+        return layout.in_memory([blocks], like)
+
+    *codes, scale = saved
+    return values(unpack(codes, bits, placed), placed(scale.expand(*scale.shape[:-1], WORD_BITS)))
+
+
+def _values(code: Tensor, scale: Tensor, *, bits: int, dtype: torch.dtype, stochastic: bool, shares: bool) -> Tensor:
+    """What codes stand for, with the scales of their blocks."""
+    unit = scale.to(torch.float32)
     if shares:
         return _within(
             torch.where(code == _zero(bits), 0.0, shares_of(code, bits) * (unit / _SHARE_REACH)), unit, dtype

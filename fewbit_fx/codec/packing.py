@@ -9,7 +9,7 @@ four words of it, side by side. Codes of 8 bits are bytes on both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,12 +57,22 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
     return [_words_of_block(_shifted_right(whole, below), width) for width, below in _fields(bits)]
 
 
-def unpack(packed: Sequence[Tensor], bits: int) -> Tensor:
-    """The codes of :func:`pack`, float32 of their shape."""
+def unpack(packed: Sequence[Tensor], bits: int, placed: Callable[[Tensor], Tensor] = lambda blocks: blocks) -> Tensor:
+    """The codes of :func:`pack`, float32.
+
+    Args:
+        packed: Their fields.
+        bits: Bits of a code.
+        placed: Where a block has words of its own, a view of what there is for each element, (..., 32), that all else
+            is computed of: Inductor's kernels fuse with those of readers if they go through the same dimensions.
+    """
     if bits == _BYTE:
-        return packed[0].to(torch.float32)
-    unpacked = _unpack_field if packs_bytes(packed[0].device) else _fields_of_block
-    fields = [unpacked(field, width) for field, (width, _) in zip(packed, _fields(bits), strict=True)]
+        return placed(packed[0]).to(torch.float32)
+    widths = [width for width, _ in _fields(bits)]
+    if packs_bytes(packed[0].device):
+        fields = [_unpack_field(field, width) for field, width in zip(packed, widths, strict=True)]
+    else:
+        fields = [_fields_of_block(words, width, placed) for words, width in zip(packed, widths, strict=True)]
     whole = fields[-1]
     for field, (_, below) in zip(fields[:-1], _fields(bits), strict=False):
         whole = whole | (field << below)
@@ -92,11 +102,11 @@ def _words_of_block(codes: Tensor, width: int) -> Tensor:
     return torch.cat(words, -1)
 
 
-def _fields_of_block(words: Tensor, width: int) -> Tensor:
-    """The fields of :func:`_words_of_block`, of shape (..., 32)."""
+def _fields_of_block(words: Tensor, width: int, placed: Callable[[Tensor], Tensor]) -> Tensor:
+    """The fields of :func:`_words_of_block`, of shape (..., 32), placed."""
     place, _ = _places(width, words.device)
     own = words.unsqueeze(-1).expand(*words.shape, WORD_BITS // width).reshape(*words.shape[:-1], WORD_BITS)
-    field: Tensor = (own >> place) & (2**width - 1)
+    field: Tensor = (placed(own) >> placed(place.expand(own.shape))) & (2**width - 1)
     return field
 
 
