@@ -231,6 +231,8 @@ def test_cases_have_files_of_their_own() -> None:
 def test_seeds_share_a_process_on_a_gpu(device: str, processes: int) -> None:
     found = convergence.cases(["RTE, LoRA", SILU], ["inductor", "lean, stochastic"], [0, 1], device)
     assert len({case.process or case.file for case in found}) == processes
+    measured = [case.settings["seed"] for case in found if case.settings.get("measures_error", True)]
+    assert set(measured) == ({0} if device == "cuda" else {0, 1})
 
 
 def file_of(task: str, method: str, seed: int, metrics: Mapping[str, float], error: float | None = None) -> File:

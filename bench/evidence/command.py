@@ -113,7 +113,11 @@ def _convergence_cases(flags: argparse.Namespace) -> list[Case]:
         return convergence.quick_cases(flags.device.type)
     methods = [name for name in flags.methods or OF_CONVERGENCE if name in OF_CONVERGENCE]
     return convergence.cases(
-        flags.tasks or _tasks_with_data(flags.data), methods, range(flags.seeds), flags.device.type
+        flags.tasks or _tasks_with_data(flags.data),
+        methods,
+        range(flags.seeds),
+        flags.device.type,
+        steps=flags.steps,
     )
 
 
@@ -179,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)} (default all)")
     add("--tasks", nargs="+", choices=TASKS, metavar="NAME", help=f"of {', '.join(TASKS)} (default all)")
     add("--seeds", type=count_flag, default=3, help="of each training, from 0 on (default 3)")
+    add("--steps", type=count_flag, help="of each training (default: what two cores do in minutes)")
     add("--data", type=_folder, help="the folder that GLUE is in", metavar="DIR")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of memory's models (default bfloat16)")
     add("--seconds", type=seconds_flag, default=5.0, help="of timing each case (default 5)")

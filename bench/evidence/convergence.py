@@ -4,7 +4,8 @@ python -m bench.evidence.convergence '{"task": "digits, ViT", "method": "default
 
 A seed decides the weights that are not pretrained, the order of batches, and dropout, alike for every method that
 torch.compile has a part in. Validation is by plain PyTorch, the same code for every method. On a GPU the seeds of a
-task and method share a process: a small model trains in seconds there, and compiling it would be the most of the time.
+task and method share a process, and the error of gradients is measured with the first of them alone: a small model
+trains in seconds there, and compiling it would be the most of the time.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Training:
         steps: How many.
         device: Where.
         dtype: Other than float32: autocast.
+        measures_error: Whether the error of gradients is told, of a method that has any.
     """
 
     task: Task
@@ -49,13 +51,15 @@ class Training:
     steps: int
     device: torch.device
     dtype: torch.dtype
+    measures_error: bool
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> Training:
         """What a case's settings say."""
         task, method = TASKS[settings["task"]], METHODS[settings["method"]]
         device, dtype = torch.device(settings["device"]), getattr(torch, settings["dtype"])
-        return cls(task, method, settings["seed"], settings["steps"], device, dtype)
+        measures_error = settings.get("measures_error", True) and not method.is_exact
+        return cls(task, method, settings["seed"], settings["steps"], device, dtype, measures_error)
 
     def start(self, data: str | None) -> tuple[nn.Module, Iterator[Batch], Sequence[Batch]]:
         """The model, batches to train on and batches to validate on: alike for every method.
@@ -104,8 +108,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
 def _train(
     training: Training, model: nn.Module, batches: Iterator[Batch]
 ) -> tuple[list[float], dict[str, float] | None]:
-    """The loss of each step, and the error of the gradient at the first and halfway; None where the method is exact."""
-    error = None if training.method.is_exact else GradientError(model, training.method, training.loss)
+    """The loss of each step, and the error of the gradient at the first and halfway; None where it is not measured."""
+    error = GradientError(model, training.method, training.loss) if training.measures_error else None
     compiled = training.method.applied(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], training.task.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_peak(step, training.steps))
@@ -157,10 +161,12 @@ def cases(
         steps: Of each training; None for what the task says.
     """
     methods, seeds = list(methods), list(seeds)
+    others: dict[str, Any] = {"device": device, "dtype": dtype}
+    of_seed = [{"measures_error": i == 0} if device == "cuda" else {} for i in range(len(seeds))]
     return [
-        _case(TASKS[task], method, seed, {"steps": steps or TASKS[task].steps, "device": device, "dtype": dtype})
+        _case(TASKS[task], method, seed, {"steps": steps or TASKS[task].steps, **others, **more})
         for task in tasks
-        for seed in seeds
+        for seed, more in zip(seeds, of_seed, strict=True)
         for method in methods
     ]
 

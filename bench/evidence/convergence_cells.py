@@ -26,7 +26,8 @@ class Cell:
         task, metric, method: Which.
         values: By seed.
         exact: By seed, of exact training.
-        gradient_error: Mean over seeds, of the first gradient and of that halfway; None where the method is exact.
+        gradient_error: Of the first gradient and of that halfway, the mean over seeds that have it; None where the
+            method is exact.
     """
 
     task: str
@@ -105,8 +106,8 @@ def _values(found: Mapping[int, Any], metric: str) -> dict[int, float]:
 
 
 def _mean_error(found: Mapping[int, Any]) -> float | None:
-    errors = [result["gradient_error"] for result in found.values()]
-    return statistics.fmean(value for each in errors for value in each.values()) if all(errors) else None
+    errors = [value for result in found.values() for value in (result["gradient_error"] or {}).values()]
+    return statistics.fmean(errors) if errors else None
 
 
 def share_outside_by_chance(seeds: int) -> float:
