@@ -29,6 +29,7 @@ def held_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
 
     On the CPU the profiler adds up the allocator's own reports.
     """
+    gc.collect()  # or garbage that is freed meanwhile counts
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -36,7 +37,6 @@ def held_bytes(forward: Callable[[], Tensor], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         held = torch.cuda.memory_allocated(device) - before
     else:
-        gc.collect()  # or garbage that is freed meanwhile counts
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             result = forward()
         held = sum(event.self_cpu_memory_usage for event in profiled.key_averages())
