@@ -99,35 +99,55 @@ class _Verdict:
         self.of, self.outside = len(self._cells), sum(not cell.is_within for cell in self._cells)
         errors = [cell.gradient_error for cell in self._cells if cell.gradient_error is not None]
         self.error = statistics.fmean(errors) if errors else None
-
-    def row(self) -> tuple[str, ...]:
-        """Of the table."""
-        scores = [100 * cell.difference for cell in self._cells if not cell.metric.is_loss]  # type: ignore[operator]
-        losses = [
+        self._scores = [100 * cell.difference for cell in self._cells if not cell.metric.is_loss]  # type: ignore[operator]
+        self._losses = [
             100 * cell.difference / statistics.fmean(cell.exact.values())  # type: ignore[operator]
             for cell in self._cells
             if cell.metric.is_loss
         ]
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether scores or losses are worse on average, by more than two standard errors of that."""
+        return any(map(_is_below_zero, (self._scores, [-change for change in self._losses])))
+
+    def row(self) -> tuple[str, ...]:
+        """Of the table."""
         error = "exact" if self.error is None else f"{100 * self.error:.2f} %"
         within = f"{self.of - self.outside} of {self.of}"
-        return self.method, within, _mean(scores), _mean(losses, " %"), error
+        return self.method, within, _mean(self._scores), _mean(self._losses, " %"), error
 
 
 def _mean(values: Sequence[float], unit: str = "") -> str:
     if not values:
         return ""
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    error = f" ± {_standard_error(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):+.2f}{error}{unit}"
 
 
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _is_below_zero(values: Sequence[float]) -> bool:
+    return len(values) > 1 and statistics.fmean(values) < -2 * _standard_error(values)
+
+
 def _from_which_on(told: Sequence[_Verdict], seeds: int) -> str:
-    """By rows outside the spread: how many of them chance alone explains is the 95 % quantile of the binomial."""
+    """By means, and by rows outside the spread, of which chance explains as many as the binomial's 95 % quantile."""
     from scipy.stats import binom
 
     chance = share_outside_by_chance(seeds)
     by_error = sorted((each for each in told if each.error is not None), key=lambda each: each.error or 0.0)
-    good = list(itertools.takewhile(lambda each: each.outside <= binom.ppf(0.95, each.of, chance), by_error))
-    what = f"outside the spread no more often than chance alone explains ({_by_chance(seeds)}, and their scatter)"
+
+    def is_good(each: _Verdict) -> bool:
+        return each.outside <= binom.ppf(0.95, each.of, chance) and not each.is_worse
+
+    good = list(itertools.takewhile(is_good, by_error))
+    what = (
+        f"outside the spread no more often than chance alone explains ({_by_chance(seeds)}, and their scatter), and on "
+        "average no worse by more than two standard errors"
+    )
     if not good:
         return f"Even the setting of the least error is not {what}."
     error = 100 * (good[-1].error or 0.0)
