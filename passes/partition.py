@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 
@@ -25,18 +25,18 @@ class Partition:
         num_fwd_outputs: How many outputs of the forward are the model's.
         static_inputs: Positions of the forward's inputs that live anyway: parameters, buffers, and what the graph
             that made it keeps.
-        copied_leaves: Those of them that are not saved themselves, but as copies, for the caller may write to them.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     num_fwd_outputs: int
     static_inputs: tuple[int, ...]
-    copied_leaves: tuple[int, ...] = ()
 
     def copy(self) -> Partition:
         """A copy that shares no node with this one."""
-        return replace(self, forward=copy_module(self.forward), backward=copy_module(self.backward))
+        return Partition(
+            copy_module(self.forward), copy_module(self.backward), self.num_fwd_outputs, self.static_inputs
+        )
 
     def computed_in_backward(self) -> set[str]:
         """Names of all operations of the backward, which are those of the joint graph."""
@@ -68,8 +68,7 @@ class Partition:
     def saved_storages(self) -> dict[object, list[fx.Node]]:
         """The saved tensors by storage, without those that live anyway."""
         inputs = placeholders(self.forward.graph)
-        living = set(self.static_inputs) - set(self.copied_leaves)
-        alive = {storage_key(inputs[i]) for i in living if i < len(inputs)}
+        alive = {storage_key(inputs[i]) for i in self.static_inputs if i < len(inputs)}
         found: dict[object, list[fx.Node]] = {}
         for node in self.saved():
             if storage_key(node) not in alive:

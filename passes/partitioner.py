@@ -29,7 +29,7 @@ from .pipeline import Work, require_pass_names, run_passes
 from .reasons import Cause, Reason
 from .record import GraphRecord, graph_record, unexamined_record
 from .representations import Proposal
-from .shared_with_caller import can_be_kept_apart, inputs_not_to_read, keep_apart, with_copies_counted
+from .shared_with_caller import can_be_kept_apart, inputs_not_to_read, keep_apart
 from .splice import copy_module
 
 _NONE = LivingInputs()
@@ -96,9 +96,8 @@ class FewBitPartitioner(CustomPartitionerFn):
                 if uncut:
                     with stage("the leaner cuts"):
                         kept_out = inputs_not_to_read(plain, living)
-                        for cut, joint in leaner_cuts(uncut, joint_inputs, living.positions, kept_out, **kwargs):
-                            if can_be_kept_apart(cut, plain, living):
-                                cuts[with_copies_counted(cut, plain, living)] = joint
+                        leaner = leaner_cuts(uncut, joint_inputs, living.positions, kept_out, **kwargs)
+                        cuts |= {cut: joint for cut, joint in leaner if can_be_kept_apart(cut, plain, living)}
                 compressed = self._compress(cuts, plain, living, faults)
         chosen, record = compressed or (plain, None)
         with faults.of("the report", NO_REPORT):

@@ -27,7 +27,6 @@ class Cause(str, Enum):
     INTEGER = "integer"
     DECIDES = "decides"
     STATISTIC = "statistic"
-    PARAMETER = "parameter"
     ROTATED = "rotated"
     NO_REPRESENTATION = "no representation"
     PRODUCT = "product"

@@ -4,44 +4,33 @@ Where torch.compile's own cut saves such a tensor, it forbids to write to it, as
 seen, as of a view among the results or of `.data`, it goes wrong without a word. A leaner cut may save a result or an
 input in place of what torch.compile computes from it: it would then forbid more. So it saves a copy.
 
-What another graph keeps needs none, for its backward would raise. Buffers and large parameters, such as tables of
-embeddings, are better not read at all: their copies would be more bytes than what is computed from them. Without the
-small ones, such as biases, little could be computed again.
+Parameters are not copied, or a leaner cut could compute nothing again that has a bias: they are written to by an
+optimizer, behind the backward. Nor is what another graph keeps, whose backward would raise. Buffers are better not
+read at all: their copy would be more bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor, fx
 
 from fewbit_fx.torch_private.inputs import LivingInputs
-from fewbit_fx.torch_private.sizes import storage_key, storage_nbytes
+from fewbit_fx.torch_private.sizes import storage_key
 
 from .graph import output_values, placeholders, value_of
 from .partition import Partition
 from .splice import after, description, splice, trace
 
-_SMALL = 2**16  # bytes: the biases of models of any width, and no table
-
 
 def inputs_not_to_read(plain: Partition, living: LivingInputs) -> list[int]:
-    """Positions of inputs that a leaner cut is not to save, for it could or should save no copy of them.
+    """Positions of inputs that a leaner cut is not to save, for it could save no copy of them.
 
     Args:
         plain: torch.compile's own cut: what it saves may be saved.
         living: The inputs that live anyway.
     """
-    saved = {*plain.saved_inputs(), *living.guarded}
-    large = {i for i, n in _tensors(plain) if storage_nbytes(n) > _SMALL}
-    kept_out = {*living.buffers, *large.intersection(living.leaves)}
-    return [i for i, n in _tensors(plain) if i not in saved and (i in kept_out or not _is_copied_as_it_is(n))]
-
-
-def with_copies_counted(cut: Partition, plain: Partition, living: LivingInputs) -> Partition:
-    """A leaner cut that knows of the parameters of which it will save copies."""
-    copied = _newly_saved_inputs(cut, plain, living).intersection(living.leaves)
-    return replace(cut, copied_leaves=tuple(sorted(copied)))
+    saved = {*plain.saved_inputs(), *living.kept}
+    inputs = [(i, n) for i, n in enumerate(placeholders(plain.forward.graph)) if isinstance(value_of(n), Tensor)]
+    return [i for i, n in inputs if i not in saved and (i in living.buffers or not _is_copied_as_it_is(n))]
 
 
 def can_be_kept_apart(cut: Partition, plain: Partition, living: LivingInputs) -> bool:
@@ -77,12 +66,7 @@ def _shared(cut: Partition, plain: Partition, living: LivingInputs) -> list[fx.N
 
 
 def _newly_saved_inputs(cut: Partition, plain: Partition, living: LivingInputs) -> set[int]:
-    return set(cut.saved_inputs()) - set(plain.saved_inputs()) - set(living.guarded)
-
-
-def _tensors(cut: Partition) -> list[tuple[int, fx.Node]]:
-    """The inputs that are tensors, with their positions."""
-    return [(i, n) for i, n in enumerate(placeholders(cut.forward.graph)) if isinstance(value_of(n), Tensor)]
+    return set(cut.saved_inputs()) - set(plain.saved_inputs()) - set(living.kept)
 
 
 def _split(cut: Partition) -> tuple[list[fx.Node], list[fx.Node]]:

@@ -176,7 +176,7 @@ def test_hooks_on_what_was_saved_are_not_run() -> None:
     gm = fx.symbolic_trace(lambda x: x)
     assert kept_by_their_makers(gm, [x]) == LivingInputs()
     kept = torch.tanh(torch.randn(4, 4, requires_grad=True))
-    assert kept_by_their_makers(gm, [1, kept, kept.view(-1), kept + 1, kept.detach()]) == LivingInputs(guarded=(1, 2))
+    assert kept_by_their_makers(gm, [1, kept, kept.view(-1), kept + 1, kept.detach()]) == LivingInputs(kept=(1, 2))
 
 
 def test_an_expanded_tensor_counts_with_its_own_storage() -> None:

@@ -19,7 +19,6 @@ import fewbit_fx
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.dynamo.listener import Listener
 from fewbit_fx.dynamo.partitioned_run import partitioned
-from fewbit_fx.passes.reasons import Cause
 from fewbit_fx.passes.record import GraphRecord
 
 EXACT = FewBitConfig(recipe="exact", strict=True, min_numel=0)
@@ -194,59 +193,6 @@ def test_any_computation_with_a_buffer_that_is_written_to_afterwards(names: list
     expected = gradient(eager, eager, x, unseen)
     if torch.allclose(partitioned_gradient(model, x, unseen, PLAIN, Listener()), expected, atol=1e-6):
         check(model, x, unseen)
-
-
-class Biased(nn.Module):
-    """The leaner cut computes norms and what activations read again, from biases and a small table."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(2048, SIZE), nn.Embedding(128, SIZE)
-        self.norm, self.last_norm = nn.LayerNorm(SIZE), nn.BatchNorm1d(SIZE, track_running_stats=False)
-        self.up, self.down = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
-        self.shift, self.scale = nn.Parameter(torch.rand(SIZE)), nn.Parameter(torch.rand(SIZE))
-
-    def forward(self, words: Tensor) -> Tensor:
-        x = self.norm(self.words(words) + self.places(words % 128))
-        x = x + self.down(F.gelu(torch.tanh(self.up(x)) * self.scale + self.shift))
-        return self.down(self.last_norm(x)).square().mean()
-
-
-def parameter_gradient(model: nn.Module, name: str, write: Write, config: FewBitConfig) -> tuple[Tensor, GraphRecord]:
-    """Of all parameters, behind a write to one of them."""
-    torch.compiler.reset()
-    listener, words = Listener(), torch.arange(4096) % 2048
-    loss = partitioned(model, config, listener)(words)
-    before = model.get_parameter(name).detach().clone()
-    write(model.get_parameter(name))
-    try:
-        found = torch.autograd.grad(loss, list(model.parameters()))
-    finally:
-        model.get_parameter(name).data.copy_(before)
-    return torch.cat([g.flatten() for g in found]), listener.records[0]
-
-
-@pytest.mark.parametrize("write", [in_place, unseen])
-@pytest.mark.parametrize("name", ["words.weight", "places.weight", "norm.bias", "last_norm.bias", "up.bias"])
-def test_a_parameter_that_torch_compile_does_not_read_again(name: str, write: Write) -> None:
-    torch.manual_seed(0)
-    model = Biased()
-    expected, _ = parameter_gradient(model, name, write, PLAIN)
-    found, record = parameter_gradient(model, name, write, EXACT)
-    assert record.computes_again
-    torch.testing.assert_close(found, expected)
-    untouched, _ = parameter_gradient(model, name, nothing, PLAIN)
-    assert torch.equal(expected, untouched), "torch.compile does not read it in the backward"
-
-
-def test_copies_of_parameters_are_exact_and_are_counted() -> None:
-    seen = watch(Biased(), torch.arange(4096) % 2048, config=FewBitConfig(recipe="lean", strict=True, min_numel=0))
-    copied = [s for s in seen.record.sites if s.reason is not None and s.reason.cause is Cause.PARAMETER]
-    assert copied
-    assert all(site.is_exact for site in copied)
-    inputs = saved_input_names(seen.chosen)
-    assert inputs <= saved_input_names(seen.plain), "nothing but copies is saved beside what torch.compile saves"
-    assert seen.record.fewbit_bytes == seen.chosen.saved_bytes()
 
 
 def test_with_kernels() -> None:

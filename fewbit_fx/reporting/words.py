@@ -27,7 +27,6 @@ _BECAUSE = {
     Cause.INTEGER: "it holds whole numbers",
     Cause.DECIDES: "the backward decides by it, and would decide otherwise near the threshold",
     Cause.STATISTIC: "it is a statistic, which many elements are computed from",
-    Cause.PARAMETER: "it is a parameter, of which a copy is saved, as it may be written to before the backward",
     Cause.ROTATED: "keys that are rotated after a bias was added may be much larger than what attention tells apart",
     Cause.NO_REPRESENTATION: "no representation is for a site of its kind",
     Cause.PRODUCT: "it is a product with a tensor, whose own values the backward needs",

@@ -22,20 +22,19 @@ class LivingInputs:
     """The inputs of a graph that live on whatever it saves.
 
     Attributes:
-        leaves: Positions of parameters, and of other leaves of which a gradient is asked.
-        guarded: Positions of what another graph keeps, whose backward would raise if it were written to.
+        kept: Positions of parameters, of other leaves of which a gradient is asked, and of what another graph keeps,
+            whose backward would raise if it were written to.
         buffers: Positions of buffers. They may well be written to between forward and backward, as the codebook of a
             vector quantiser is.
     """
 
-    leaves: tuple[int, ...] = ()
-    guarded: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
     buffers: tuple[int, ...] = ()
 
     @property
     def positions(self) -> tuple[int, ...]:
         """All of them, ascending."""
-        return tuple(sorted({*self.leaves, *self.guarded, *self.buffers}))
+        return tuple(sorted({*self.kept, *self.buffers}))
 
 
 def living_inputs(joint: fx.Graph, static: Collection[int], known: LivingInputs) -> LivingInputs:
@@ -49,19 +48,17 @@ def living_inputs(joint: fx.Graph, static: Collection[int], known: LivingInputs)
             DTensor as inputs, nor what AOTAutograd puts before them.
     """
     inputs = joint.find_nodes(op="placeholder")
-    leaves, guarded, buffers = set(), set(), set()
+    lasting, buffers = set(), set()
     for i, node in enumerate(inputs):
         origin = _origin(node.meta.get(_DESCRIPTION))
         position = origin.idx if isinstance(origin, PlainAOTInput) else None
-        if isinstance(origin, ParamAOTInput) or position in known.leaves:
-            leaves.add(i)
-        elif position in known.guarded:
-            guarded.add(i)
+        if isinstance(origin, ParamAOTInput) or position in known.kept:
+            lasting.add(i)
         elif isinstance(origin, BufferAOTInput) or position in known.buffers:
             buffers.add(i)
     if not any(hasattr(node.meta.get(_DESCRIPTION), "base") for node in inputs):
-        leaves |= set(static) - buffers - guarded
-    return LivingInputs(*(tuple(sorted(found)) for found in (leaves, guarded, buffers)))
+        lasting |= set(static) - buffers
+    return LivingInputs(tuple(sorted(lasting)), tuple(sorted(buffers)))
 
 
 def are_described(joint: fx.Graph) -> bool:
@@ -93,18 +90,15 @@ def kept_by_their_makers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> L
         gm: Dynamo's graph.
         example_inputs: Its inputs; fake ones where DistributedDataParallel has a graph cut into buckets.
     """
-    static = _static_inputs(gm)
-    leaves, guarded, buffers = [], [], []
+    static, kept, buffers = _static_inputs(gm), [], []
     for i, x in enumerate(example_inputs):
         if not isinstance(x, Tensor):
             continue
         if i in static and not isinstance(x, nn.Parameter):
             buffers.append(i)
-        elif i in static or (x.is_leaf and x.requires_grad):
-            leaves.append(i)
-        elif not x.is_leaf and _is_kept_by_its_maker(x):
-            guarded.append(i)
-    return LivingInputs(tuple(leaves), tuple(guarded), tuple(buffers))
+        elif i in static or _is_kept_by_its_maker(x):
+            kept.append(i)
+    return LivingInputs(tuple(kept), tuple(buffers))
 
 
 def _static_inputs(gm: fx.GraphModule) -> set[int]:
@@ -114,6 +108,8 @@ def _static_inputs(gm: fx.GraphModule) -> set[int]:
 
 
 def _is_kept_by_its_maker(x: Tensor) -> bool:
+    if x.is_leaf:
+        return x.requires_grad
     wanted = set(_storages(x))
     found: set[int] = set()
     todo, seen = [x.grad_fn], set()

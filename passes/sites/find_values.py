@@ -36,7 +36,7 @@ from .rotary import read_with_rotated_keys
 from .value_site import Reader, ValueSite
 
 DATA, STATISTIC, INTEGER = Reason(Cause.DATA), Reason(Cause.STATISTIC), Reason(Cause.INTEGER)
-LOSS, ROTATED, PARAMETER = Reason(Cause.LOSS), Reason(Cause.ROTATED), Reason(Cause.PARAMETER)
+LOSS, ROTATED = Reason(Cause.LOSS), Reason(Cause.ROTATED)
 _PRODUCTS = frozenset({aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.linear, aten._scaled_mm, aten._grouped_mm})
 _REDUCTIONS = frozenset(
     {aten.sum, aten.mean, aten.var, aten.var_mean, aten.std, aten.amax, aten.amin, aten.max, aten.logsumexp, aten.norm}
@@ -64,7 +64,6 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
     readers = _readers(backward, gradients, _norm_inputs(joint))
     in_losses = _read_by_losses(backward, gradients)
     rotated = read_with_rotated_keys(joint, backward, gradients)
-    parameters = {storage_key(placeholders(joint)[i]) for i in partition.copied_leaves}
     saved = {n.name for storage in partition.saved_storages().values() for n in storage}
 
     def kept_as(node: fx.Node) -> Reason | None:
@@ -72,8 +71,6 @@ def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
             return INTEGER
         if storage_key(node) in data:
             return DATA
-        if storage_key(node) in parameters:
-            return PARAMETER
         if node.name in in_losses and readers[node.name] is not Reader.SOFTMAX:
             return LOSS
         if node.name in rotated:
