@@ -161,13 +161,13 @@ def cases(
         steps: Of each training; None for what the task says.
     """
     methods, seeds = list(methods), list(seeds)
-    others: dict[str, Any] = {"device": device, "dtype": dtype}
-    of_seed = [{"measures_error": i == 0} if device == "cuda" else {} for i in range(len(seeds))]
+
+    def others(task: str, seed: int) -> dict[str, Any]:
+        more = {"measures_error": seed == seeds[0]} if device == "cuda" else {}
+        return {"steps": steps or TASKS[task].steps, "device": device, "dtype": dtype, **more}
+
     return [
-        _case(TASKS[task], method, seed, {"steps": steps or TASKS[task].steps, **others, **more})
-        for task in tasks
-        for seed, more in zip(seeds, of_seed, strict=True)
-        for method in methods
+        _case(TASKS[task], method, seed, others(task, seed)) for task in tasks for seed in seeds for method in methods
     ]
 
 

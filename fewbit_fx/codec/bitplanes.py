@@ -69,10 +69,10 @@ class PlaneLayout:
 
     def join(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """The tensor, of the shape of another, whose parts these are."""
-        return self.arranged(self.in_memory(parts, like))
+        return arranged(self.in_memory(parts, like), self.order)
 
     def in_memory(self, parts: Sequence[Tensor], like: Tensor) -> Tensor:
-        """The same with its dimensions as they lie in memory: before :meth:`arranged`."""
+        """The same with its dimensions as they lie in memory: before :func:`arranged`."""
         shape = sizes_in_memory(sizes_of(like), self.order)
         if self._fills(like):
             return parts[0].reshape(shape)
@@ -80,10 +80,6 @@ class PlaneLayout:
         numel = _numel(like)
         flats[-1] = flats[-1][: numel - sum(flat.numel() for flat in flats[:-1])]
         return (torch.cat(flats) if len(flats) > 1 else flats[0]).reshape(shape)
-
-    def arranged(self, elements: Tensor) -> Tensor:
-        """The tensor whose dimensions, as they lie in memory, are given."""
-        return arranged(elements, self.order)
 
     def blocks(self, x: Tensor) -> Tensor:
         """Whole blocks, shape (kept dimensions, blocks, 32, lanes), of a tensor in memory order."""

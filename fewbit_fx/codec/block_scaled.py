@@ -36,7 +36,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fewbit_fx.codec.bitplanes import WORD_BITS, PlaneLayout, plane_layout
+from fewbit_fx.codec.bitplanes import WORD_BITS, PlaneLayout, arranged, plane_layout
 from fewbit_fx.codec.dither import uniform
 from fewbit_fx.codec.packing import blocks_per_group, pack, packs_bytes, tensors_of_codes, unpack
 from fewbit_fx.codec.shares import share_codes, shares_of
@@ -166,7 +166,7 @@ def decode_values(
     """
     values = functools.partial(_values, bits=bits, dtype=like.dtype, stochastic=stochastic, shares=shares)
     if not packs_bytes(like.device):
-        return layout.arranged(_element_by_element(saved, values, bits, layout, like))
+        return arranged(_element_by_element(saved, values, bits, layout, like), layout.order)
     each = saved_per_part(bits)
     parts = [saved[i : i + each] for i in range(0, len(saved), each)]
     return layout.join([values(unpack(codes, bits), scale) for *codes, scale in parts], like)

@@ -63,8 +63,8 @@ def unpack(packed: Sequence[Tensor], bits: int, placed: Callable[[Tensor], Tenso
     Args:
         packed: Their fields.
         bits: Bits of a code.
-        placed: Where a block has words of its own, a view of what there is for each element, (..., 32), that all else
-            is computed of: Inductor's kernels fuse with those of readers if they go through the same dimensions.
+        placed: Where blocks do not share bytes, a view of what there is for each element, (..., 32), that all else is
+            computed of: Inductor's kernels fuse with those of readers if they go through the same dimensions.
     """
     if bits == _BYTE:
         return placed(packed[0]).to(torch.float32)
