@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -19,13 +18,12 @@ from fewbit_fx.torch_private.inductor import (
 )
 from fewbit_fx.torch_private.sizes import has_known_size, storage_nbytes
 
-from .graph import aten, descendants, is_local, prims, tangents, value_of
+from .graph import LOOKUP, aten, descendants, draws_numbers, is_local, prims, tangents, value_of
 from .original_names import note_names, with_original_names
 from .partition import Partition
 from .splice import copy_module
 from .written_inputs import readers, written_inputs
 
-_LOOKUP = prims.inductor_lookup_seed.default  # tagged as if it drew numbers
 _MARK = "fewbit_marked"  # key of a node's metadata while a graph is cut
 _SAVED = {"recompute": CheckpointPolicy.MUST_SAVE, _MARK: True}
 _AGAIN = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, _MARK: True}
@@ -99,7 +97,7 @@ def _draws_anew(backward: fx.Graph) -> bool:
     given the state of the generator.
     """
     gradients = descendants(tangents(backward))
-    return any(_draws_numbers(n) for n in backward.nodes if n not in gradients)
+    return any(draws_numbers(n) for n in backward.nodes if n not in gradients)
 
 
 def _choices(graph: fx.Graph) -> Sequence[Callable[[fx.Node], bool]]:
@@ -140,7 +138,7 @@ def _mark_drawn_numbers(graph: fx.Graph) -> bool:
     """
     gradients, marked = descendants(tangents(graph)), False
     for node in graph.nodes:
-        if node.op != "call_function" or not _draws_numbers(node) or node.meta.get("recompute"):
+        if node.op != "call_function" or not draws_numbers(node) or node.meta.get("recompute"):
             continue
         if argument(node, "dropout_p") != 0:  # attention is tagged where it drops nothing, too
             for part in _parts(node):
@@ -182,15 +180,9 @@ def _is_cheap(node: fx.Node) -> bool:
         return False  # a region, a loop, a kernel of the user's: whatever it has within
     if not isinstance(node.target, OpOverload):
         return True  # arithmetic of sizes, and parts of tuples
-    if node.target is _LOOKUP or node.target.is_view or node.target in _GATHERING:
+    if node.target is LOOKUP or node.target.is_view or node.target in _GATHERING:
         return True
     if is_local(node):
         return True
     makes_constant = not any(isinstance(value_of(n), Tensor) for n in node.all_input_nodes)
-    return makes_constant and not _draws_numbers(node)
-
-
-def _draws_numbers(node: fx.Node) -> bool:
-    if not isinstance(node.target, OpOverload) or node.target is _LOOKUP:
-        return False
-    return torch.Tag.nondeterministic_seeded in node.target.tags
+    return makes_constant and not draws_numbers(node)

@@ -37,6 +37,7 @@ MOVEMENTS = COPIES | {
     aten.index_put.default,
     aten.repeat.default,
 }
+LOOKUP = prims.inductor_lookup_seed.default  # tagged as if it drew numbers
 _FILL_ARGUMENT = {aten.full.default: 1, aten.full_like.default: 1, aten.scalar_tensor.default: 0}
 
 
@@ -61,6 +62,13 @@ def is_pointwise(node: fx.Node) -> bool:
     tags = node.target.tags
     pointwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
     return pointwise or node.target in COPIES
+
+
+def draws_numbers(node: fx.Node) -> bool:
+    """Whether the values are random numbers, or seeds of them."""
+    if not isinstance(node.target, OpOverload) or node.target is LOOKUP:
+        return False
+    return torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def is_local(node: fx.Node) -> bool:

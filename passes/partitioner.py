@@ -149,7 +149,8 @@ class FewBitPartitioner(CustomPartitionerFn):
             living: The inputs that live anyway.
             faults: Where a fault of single sites is added.
         """
-        works = [Work(joint, cut, cut, self._config, self._proposals) for cut, joint in cuts.items()]
+        given = (self._config, self._proposals, living.of_modules)
+        works = [Work(joint, cut, cut, *given) for cut, joint in cuts.items()]
         work, seconds = run_passes(works)
         with stage("the artifacts for tlparse"):
             if self._observe:

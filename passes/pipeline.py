@@ -38,6 +38,7 @@ class Work:
         chosen: The partition to use: the plain one, or a rewritten copy.
         config: The options.
         proposals: Representations beside our own, asked first.
+        of_modules: Positions of the inputs that are parameters and buffers of modules.
         sites: The sites with their names, in the order of the graph.
         unreadable: Regions whose derivative could not be read off the graph.
         proposed: The representations that suit sites, each by itself.
@@ -50,6 +51,7 @@ class Work:
     chosen: Partition
     config: FewBitConfig
     proposals: Sequence[Proposal] = ()
+    of_modules: Collection[int] = ()
     sites: Mapping[Site, str] = field(default_factory=dict)
     unreadable: Sequence[Unreadable] = ()
     proposed: Mapping[Site, Representation] = field(default_factory=dict)
@@ -91,7 +93,7 @@ def find(work: Work) -> Work:
     note_layouts(work.joint, work.plain.forward)
     sites, unreadable = find_sites(work.joint, work.plain.computed_in_backward())
     if work.config.codes_values:
-        sites += find_values(work.joint, work.plain)
+        sites += find_values(work.joint, work.plain, work.of_modules)
     return replace(work, sites=site_names(sites), unreadable=unreadable)
 
 

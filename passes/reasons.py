@@ -27,6 +27,7 @@ class Cause(str, Enum):
     INTEGER = "integer"
     DECIDES = "decides"
     STATISTIC = "statistic"
+    WEIGHT = "weight"
     ROTATED = "rotated"
     NO_REPRESENTATION = "no representation"
     PRODUCT = "product"

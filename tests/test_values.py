@@ -13,8 +13,12 @@ from torch import Tensor, nn
 import fewbit_fx
 from fewbit_fx import FewBitConfig
 from fewbit_fx.codec.block_scaled import block_layout, decode_values, encode_values
+from fewbit_fx.dynamo.listener import Listener
+from fewbit_fx.dynamo.partitioned_run import partitioned
 from fewbit_fx.passes.reasons import Cause
+from fewbit_fx.passes.record import SiteRecord
 from fewbit_fx.passes.sites import Reader, ValueSite
+from fewbit_fx.passes.sites.value_site import READER_NAMES
 
 
 def config(**options: Any) -> FewBitConfig:
@@ -185,6 +189,39 @@ def test_each_saved_tensor_is_a_site_with_its_reason() -> None:
     assert tokens.reason is not None
     assert tokens.reason.cause is Cause.INTEGER
     check_sums(seen.record)
+
+
+class Weighted(nn.Module):
+    """Weights in other precisions, and noise that is added to a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(64, 64, bias=False), nn.Parameter(torch.ones(64, 1))
+        self.register_buffer("quantised", torch.randint(-8, 8, (64, 64), dtype=torch.int8))
+        self.register_buffer("offset", torch.randn(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dequantised = self.quantised * torch.tanh(self.scale)
+        return F.linear(self.layer(x), dequantised) * (torch.randn(x.shape) + self.offset)
+
+
+def sites_of(model: nn.Module, x: Tensor, **options: Any) -> list[SiteRecord]:
+    """As the backend has them, which knows a parameter from other inputs."""
+    torch.compiler.reset()
+    listener = Listener()
+    with torch.autocast("cpu", torch.bfloat16):
+        partitioned(model, config(**options), listener)(x).float().square().mean().backward()
+    (record,) = listener.records
+    check_sums(record)
+    return [s for s in record.sites if s.function in READER_NAMES.values()]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_follows_from_parameters_and_buffers_is_exact(recompute: bool) -> None:
+    sites = sites_of(Weighted(), torch.randn(256, 64, requires_grad=True) + 0, recompute=recompute)
+    weights = [s.shape for s in sites if s.reason and s.reason.cause is Cause.WEIGHT]
+    assert weights == ([] if recompute else [(64, 64), (64, 64)])
+    assert [s.shape for s in sites if not s.is_exact] == 3 * [(256, 64)], "two inputs of layers, and the noise"
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])

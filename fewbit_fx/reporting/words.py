@@ -26,6 +26,7 @@ _BECAUSE = {
     Cause.DATA: "it is data, which the caller keeps",
     Cause.INTEGER: "it holds whole numbers",
     Cause.DECIDES: "the backward decides by it, and would decide otherwise near the threshold",
+    Cause.WEIGHT: "it follows from parameters and buffers alone",
     Cause.STATISTIC: "it is a statistic, which many elements are computed from",
     Cause.ROTATED: "keys that are rotated after a bias was added may be much larger than what attention tells apart",
     Cause.NO_REPRESENTATION: "no representation is for a site of its kind",

@@ -26,15 +26,22 @@ class LivingInputs:
             whose backward would raise if it were written to.
         buffers: Positions of buffers. They may well be written to between forward and backward, as the codebook of a
             vector quantiser is.
+        parameters: Those of ``kept`` that are parameters of a module, so far as that is known.
     """
 
     kept: tuple[int, ...] = ()
     buffers: tuple[int, ...] = ()
+    parameters: tuple[int, ...] = ()
 
     @property
     def positions(self) -> tuple[int, ...]:
         """All of them, ascending."""
         return tuple(sorted({*self.kept, *self.buffers}))
+
+    @property
+    def of_modules(self) -> tuple[int, ...]:
+        """Parameters and buffers, ascending: no batch has a part in them."""
+        return tuple(sorted({*self.parameters, *self.buffers}))
 
 
 def living_inputs(joint: fx.Graph, static: Collection[int], known: LivingInputs) -> LivingInputs:
@@ -48,17 +55,20 @@ def living_inputs(joint: fx.Graph, static: Collection[int], known: LivingInputs)
             DTensor as inputs, nor what AOTAutograd puts before them.
     """
     inputs = joint.find_nodes(op="placeholder")
-    lasting, buffers = set(), set()
+    lasting, buffers, parameters = set(), set(), set()
     for i, node in enumerate(inputs):
         origin = _origin(node.meta.get(_DESCRIPTION))
         position = origin.idx if isinstance(origin, PlainAOTInput) else None
-        if isinstance(origin, ParamAOTInput) or position in known.kept:
+        if isinstance(origin, ParamAOTInput) or position in known.parameters:
+            parameters.add(i)
+        elif position in known.kept:
             lasting.add(i)
         elif isinstance(origin, BufferAOTInput) or position in known.buffers:
             buffers.add(i)
+    lasting |= parameters
     if not any(hasattr(node.meta.get(_DESCRIPTION), "base") for node in inputs):
         lasting |= set(static) - buffers
-    return LivingInputs(tuple(sorted(lasting)), tuple(sorted(buffers)))
+    return LivingInputs(*(tuple(sorted(found)) for found in (lasting, buffers, parameters)))
 
 
 def are_described(joint: fx.Graph) -> bool:
@@ -90,7 +100,7 @@ def kept_by_their_makers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> L
         gm: Dynamo's graph.
         example_inputs: Its inputs; fake ones where DistributedDataParallel has a graph cut into buckets.
     """
-    static, kept, buffers = _static_inputs(gm), [], []
+    static, kept, buffers, parameters = _static_inputs(gm), [], [], []
     for i, x in enumerate(example_inputs):
         if not isinstance(x, Tensor):
             continue
@@ -98,7 +108,9 @@ def kept_by_their_makers(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> L
             buffers.append(i)
         elif i in static or _is_kept_by_its_maker(x):
             kept.append(i)
-    return LivingInputs(tuple(kept), tuple(buffers))
+            if i in static:
+                parameters.append(i)
+    return LivingInputs(tuple(kept), tuple(buffers), tuple(parameters))
 
 
 def _static_inputs(gm: fx.GraphModule) -> set[int]:
