@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from fewbit_fx.codec.dither import rounding_seed
 from fewbit_fx.torch_private.modes import mode_of
 
-from .graph import by_name, output_values, placeholders, value_of
+from .graph import by_name, closure, output_values, placeholders, value_of
 from .partition import Partition
 from .representations import Decision, Encode, Exact, Representation
 from .sites import Site
@@ -166,17 +166,15 @@ class _Rewriter:
 
     def _in_forward(self, node: fx.Node) -> fx.Node:
         """The forward's node of this name; computed anew where the forward had no use for it."""
-        known = self._forward.get(node.name)
-        if known is not None:
-            return known
-        assert node.op == "call_function", f"the forward lacks its input {node.name}"
-        inputs = {n: self._in_forward(n) for n in node.all_input_nodes}
-        graph = self._partition.forward.graph
-        last = max(inputs.values()) if inputs else placeholders(graph)[-1]  # a constant has no inputs
-        with graph.inserting_before(after(last)):
-            copied = graph.node_copy(node, lambda n: inputs[n])
-        self._forward[node.name] = copied
-        return copied
+        graph, known = self._partition.forward.graph, self._forward
+        for each in sorted(closure([node], lambda n: () if n.name in known else n.all_input_nodes)):
+            if each.name not in known:
+                assert each.op == "call_function", f"the forward lacks its input {each.name}"
+                inputs = [known[n.name] for n in each.all_input_nodes]
+                last = max(inputs, default=placeholders(graph)[-1])  # a constant has no inputs
+                with graph.inserting_before(after(last)):
+                    known[each.name] = graph.node_copy(each, lambda n: known[n.name])
+        return known[node.name]
 
     def _return_planes(self, dropped: set[str]) -> None:
         graph = self._partition.forward.graph

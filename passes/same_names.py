@@ -6,7 +6,7 @@ given back. Where that could not tell, sites are left exact.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 
 from torch import fx
 
@@ -25,23 +25,33 @@ class SameNames:
 
     def __init__(self, joint: fx.Graph, partition: Partition) -> None:
         inputs = {n.name for n in joint.nodes if n.op == "placeholder"}
-        self._forward = {n.name for n in partition.forward.graph.nodes}
+        same_forward = _same(partition.forward.graph, inputs)
+        self._computable = _computable(joint, {n.name for n in partition.forward.graph.nodes}, same_forward)
         self._backward = {n.name for n in partition.backward.graph.nodes}
-        self._same_forward = _same(partition.forward.graph, inputs)
-        self._same_backward = _same(partition.backward.graph, inputs | self._same_forward)
+        self._same_backward = _same(partition.backward.graph, inputs | same_forward)
 
     def hold_for(self, site: Site) -> bool:
         """Whether all nodes of a site are, in both graphs, what their names say."""
         forward = (site.stored, *site.exact_inputs, *site.determined_by)
         backward = (site.replaced, *site.coded_inputs)
-        return all(map(self._is_same_in_forward, forward)) and all(
+        return self._computable.issuperset(forward) and all(
             n.name in self._same_backward for n in backward if n.name in self._backward
         )
 
-    def _is_same_in_forward(self, node: fx.Node) -> bool:
-        if node.name in self._forward:
-            return node.name in self._same_forward
-        return all(map(self._is_same_in_forward, node.all_input_nodes))  # from which it can be computed
+
+def _computable(joint: fx.Graph, forward: Set[str], same: Set[str]) -> set[fx.Node]:
+    """The nodes of a joint graph that the forward has, or can compute from what it has.
+
+    Args:
+        joint: The joint graph.
+        forward: The names in the forward.
+        same: Those that stand for what the joint graph has by them.
+    """
+    found: set[fx.Node] = set()
+    for node in joint.nodes:  # in order
+        if node.name in same if node.name in forward else found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _same(graph: fx.Graph, inputs: Collection[str]) -> set[str]:

@@ -114,17 +114,19 @@ def _probabilities(saved: fx.Node, gradients: Set[fx.Node]) -> fx.Node | None:
 
 def _holds_shares(node: fx.Node) -> bool:
     """Whether it is the result of a softmax, elsewhere, in another precision, or with zeros in place of some."""
-    if is_softmax(node):
-        return _is_exponential_of_a_softmax(node.all_input_nodes[0])
-    inputs = node.all_input_nodes
-    if node.target is aten.where.self:
-        _, *chosen = inputs
-        sources = [n for n in chosen if constant_value(n) != 0]
-    elif node.target is prims.convert_element_type.default or node.target in COPIES or is_view(node):
-        sources = inputs[:1]
-    else:
-        return False
-    return all(map(_holds_shares, sources))
+
+    def sources(node: fx.Node) -> list[fx.Node]:
+        if node.target is aten.where.self:
+            _, *chosen = node.all_input_nodes
+            return [n for n in chosen if constant_value(n) != 0]
+        passes_on = node.target is prims.convert_element_type.default or node.target in COPIES or is_view(node)
+        return node.all_input_nodes[:1] if passes_on else []
+
+    return all(_is_result_of_a_softmax(n) for n in closure([node], sources) if not sources(n))
+
+
+def _is_result_of_a_softmax(node: fx.Node) -> bool:
+    return is_softmax(node) and _is_exponential_of_a_softmax(node.all_input_nodes[0])
 
 
 def _packet(node: fx.Node) -> object:
