@@ -5,8 +5,10 @@ With pytest-xdist each process has a session, and so a folder, of its own: tests
 
 from __future__ import annotations
 
+import math
 import os
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,20 @@ import pytest
 import torch
 
 SAMPLES_PASSED: Counter[str] = Counter()  # of torch's operator database, by the way they took
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow the cases of a test that ``one_in`` leaves out, as a hash of their names has it."""
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("one_in"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for of_test in cases.values():
+        (n,) = of_test[0].get_closest_marker("one_in").args
+        of_test.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in of_test[math.ceil(len(of_test) / n) :]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(trylast=True)

@@ -110,6 +110,7 @@ class Network(nn.Module):
         return self.after(self.function(3 * self.before(x) + self.probe))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_every_bounded_derivative_is_coded(name: str, dtype: torch.dtype) -> None:
@@ -126,6 +127,7 @@ def test_every_bounded_derivative_is_coded(name: str, dtype: torch.dtype) -> Non
     assert torch.equal(seen.output, watch(model, x, config=PLAIN).output)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradients_error_is_what_the_codebook_predicts(name: str) -> None:
     """Against the exact gradient; the prediction comes from autograd's derivative and never sees a graph."""
@@ -233,6 +235,7 @@ SURROUNDINGS: dict[str, tuple[Step, Step]] = {
 }
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("function", [F.gelu, F.relu, F.tanh])
 @pytest.mark.parametrize("name", SURROUNDINGS)

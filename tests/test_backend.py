@@ -41,6 +41,7 @@ def elementwise(function: Callable[[Tensor], Tensor], x: Tensor, backend: Any) -
     return y.detach(), leaf.grad
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [1, 3])
 def test_each_gradient_is_the_nearest_level(dtype: torch.dtype, bits: int) -> None:
@@ -60,6 +61,7 @@ def test_each_gradient_is_the_nearest_level(dtype: torch.dtype, bits: int) -> No
     torch.testing.assert_close(gradient[certain], factor.to(torch.float32).to(dtype)[certain], rtol=2**-23, atol=0)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "function",
     [F.silu, F.softplus, lambda x: 3 * torch.tanh(x), F.elu, F.mish, lambda x: x / (1 + x * x).sqrt(), torch.sin],
@@ -98,7 +100,7 @@ def adapted_block() -> nn.Module:
     [
         (two_blocks, torch.float32),
         pytest.param(two_blocks, torch.bfloat16, marks=pytest.mark.slow),
-        (adapted_block, torch.float32),
+        pytest.param(adapted_block, torch.float32, marks=pytest.mark.slow),
         (adapted_block, torch.bfloat16),
     ],
 )
@@ -131,6 +133,7 @@ class Residual(nn.Module):
         return self.last(self.second(self.norm(h)) * h.cos() + h)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_16_bits_the_forward_is_as_near_to_that_of_float32(dtype: torch.dtype) -> None:
     """A kernel rounds what it stores, and codes take the place of some of it: bits are not inductor's, errors are."""
@@ -144,6 +147,7 @@ def test_in_16_bits_the_forward_is_as_near_to_that_of_float32(dtype: torch.dtype
     assert 0 < errors["fewbit"] <= 1.02 * errors["inductor"]
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [63, 64])
 @pytest.mark.parametrize("frozen", [False, True])
@@ -161,6 +165,7 @@ def test_relu_and_dropout_gradients_are_bit_identical(dtype: torch.dtype, width:
     assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("width", [63, 64])
 def test_symbolic_shapes_run_at_many_sizes_with_one_compilation(width: int) -> None:
     coded, masked = mlp(nn.GELU(), width=width), mlp(nn.Sequential(nn.ReLU(), nn.Dropout(0.3)), width=width)
@@ -184,6 +189,7 @@ def test_symbolic_shapes_run_at_many_sizes_with_one_compilation(width: int) -> N
     assert {action(s) for report in reports for s in report.sites} >= {"coded in 3 bits", "exact one-bit mask"}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A cache of its own: torch 2.11's knows that autocast is on but not to which dtype, and returns the other graph.

@@ -417,6 +417,7 @@ def test_kernels_of_a_gpu_are_counted_and_compiled(tmp_path: Path) -> None:
         assert fewbit["forward"]["stores"] == plain["forward"]["stores"] + 3, "a store for each plane"
 
 
+@pytest.mark.slow
 def test_bias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bias, "LAYERS", 1)
     few = [s for s in bias.settings() if (s.sites, s.bits) in (("derivatives", 3), ("norms", 4), ("values", 4))]

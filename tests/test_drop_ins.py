@@ -102,6 +102,7 @@ def test_the_whole_list_is_there() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("eager_kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODULES)
@@ -127,6 +128,7 @@ def test_forward_is_bit_identical_and_backward_is_the_nearest_level(name: str, d
     assert (error <= 2 * torch.finfo(dtype).eps * (direction * expected).abs()[certain] + 1e-6).all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_thresholds_hold_for_every_value_of_a_dtype(dtype: torch.dtype, compiled: bool) -> None:
@@ -141,6 +143,7 @@ def test_thresholds_hold_for_every_value_of_a_dtype(dtype: torch.dtype, compiled
             assert torch.equal(found, exact), ours
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.usefixtures("eager_kernels")
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", MODULES)
@@ -450,6 +453,7 @@ def test_convert_a_hugging_face_model() -> None:
 # With compiled kernels, or within torch.compile.
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_bytes_held_by_the_allocator(bits: int) -> None:
     module = fewbit_fx.nn.GELU(bits=bits)
@@ -460,6 +464,7 @@ def test_bytes_held_by_the_allocator(bits: int) -> None:
         assert 0 <= held - x.numel() * bits / 8 <= 64
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("levels", "kernels"), [("typical", 2), ("sampled", 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_kernels_serve_all_sizes(dtype: torch.dtype, levels: str, kernels: int) -> None:

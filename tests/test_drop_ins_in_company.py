@@ -170,6 +170,7 @@ def in_place_before(v: Tensor) -> Tensor:
     return v.tanh()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("function", [in_place_at_once, in_place_before])
 def test_functions_in_place(function: Callable[[Tensor], Tensor], compiled: bool) -> None:

@@ -74,10 +74,10 @@ def test_errors_of_gradients_are_as_their_bits() -> None:
     assert errors["derivatives, 1 bit"] > errors["derivatives, 3 bits"] > 0  # type: ignore[operator]
 
 
-SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("checkpoint", "budget 0.9", "default, budget 0.9")]
+SLOW = "fp8 e4m3fn", "checkpoint", "budget 0.9", "default, budget 0.9"
 
 
-@pytest.mark.parametrize("name", ["fp8 e4m3fn", "drop-ins, 3 bits", *SLOW])
+@pytest.mark.parametrize("name", ["drop-ins, 3 bits", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 def test_methods_change_the_gradient_by_their_error_alone(name: str) -> None:
     method, exact, coded = METHODS[name], example(), example()
     exact.loss(exact.model(**exact.inputs)).backward()
@@ -323,6 +323,21 @@ def test_the_table_of_memory(measured: Path) -> None:
     assert "widths divided by 4" in lines[-1]
 
 
+def test_the_peak_of_a_step() -> None:
+    eager = peak.case("Llama-3", "eager", QUICK, "bfloat16", "cpu").settings
+    (found,) = peak.measure([dict(eager)])
+    assert found["peak_bytes"] >= found["held_bytes"] > 0
+
+
+def test_a_quick_run_shares_processes() -> None:
+    parts = command.cases_of(command._parser().parse_args(["--quick"]))
+    assert {part: len({case.process for case in cases}) for part, cases in parts.items() if len(cases) > 1} == {
+        "memory": 1,
+        "convergence": 1,
+    }
+    assert not parts["peak"]
+
+
 def test_the_table_of_peaks(tmp_path: Path) -> None:
     for method, peak_mib, held_mib in (("inductor", 8, 4), ("lean", 5, 1)):
         case = peak.case("Llama-3", method, peak.larger(QUICK), "bfloat16", "cpu")
@@ -418,18 +433,22 @@ def test_render_alone_measures_nothing(measured: Path, monkeypatch: pytest.Monke
     assert "## Memory and time" in (measured / "tables.md").read_text()
 
 
-def test_a_quick_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", ["--methods inductor lean", pytest.param("", marks=pytest.mark.slow)])
+def test_a_quick_run(flags: str, tmp_path: Path) -> None:
     """The whole command, as users call it."""
     folder = tmp_path / "quick"
     line = [sys.executable, "-m", "bench", "evidence", "--quick", "--seconds", "0.1", "--output", str(folder)]
+    line += flags.split()
     done = subprocess.run(line, cwd=CHECKOUT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (folder / "tables.md").read_text()
     assert "## Codebooks" in page
-    assert {"## Convergence", "## Peak of a step"} <= set(page.splitlines())
+    assert {"## Convergence", "## Memory and time"} <= set(page.splitlines())
     found = {p.method: p for p in points(Store(folder).files("memory"))["Llama-3"]}
-    assert found["lean"].held < found["default"].held < found["budget 0.9"].held < 1
-    assert found["lean"].error > found["default"].error > 0
+    held = [found[name].held for name in ("lean", "default", "budget 0.9", "inductor") if name in found]
+    assert len(held) == (2 if flags else 4)
+    assert held == sorted(set(held)), "each less than the next"
+    assert found["lean"].error > (0 if flags else found["default"].error)
     (levels,) = Store(folder).files("codebooks")
     rows = {(row["function"], row["levels"]): row["errors"] for row in levels.data["result"]}
     for function in codebooks.FUNCTIONS:

@@ -148,6 +148,7 @@ ROUNDINGS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_a_rounding_on_purpose_stays(name: str, dtype: torch.dtype) -> None:

@@ -45,6 +45,7 @@ def mlp(activation: Callable[[Tensor], Tensor], frozen: bool = False) -> nn.Modu
     return MLP()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gelu_between_linear_layers(dtype: torch.dtype, bits: int) -> None:
@@ -88,6 +89,7 @@ SURROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_surroundings(name: str, frozen: bool) -> None:
@@ -96,6 +98,7 @@ def test_surroundings(name: str, frozen: bool) -> None:
     assert fewbit.counts == plain.counts
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("lora", [False, True])
@@ -114,6 +117,7 @@ def test_a_transformer_block(dtype: torch.dtype, dropout: float, lora: bool) -> 
 PASSED_OVER = 16  # bytes spilled by a configuration, above which Inductor takes another
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("bits", [1, 3, 4])
 @pytest.mark.parametrize("activation", [F.gelu, F.silu])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -142,6 +146,7 @@ class GatedMLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bits", range(3, 9))
 def test_a_gated_mlp_with_codes_of_values(bits: int) -> None:
     """Gate and up are coded in the kernel that multiplies them, and decoded in the one that differentiates that."""

@@ -74,6 +74,7 @@ def through_the_backend(module: nn.Module, x: Tensor, config: FewBitConfig) -> T
     return gradient
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_backend(name: str, dtype: torch.dtype) -> None:
@@ -85,6 +86,7 @@ def test_backend(name: str, dtype: torch.dtype) -> None:
     check(found, clean, exact, bad)
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: x.t(), lambda x: x[:, ::3], lambda x: x[:2]])
 def test_backend_bits_and_layouts(make: Callable[[Tensor], Tensor], bits: int) -> None:
@@ -112,6 +114,7 @@ def test_no_more_is_saved() -> None:
 # The drop-ins, with levels that do not hang on x. Those that do: test_drop_ins_sampled.py.
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("eager_kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODULES)
@@ -123,6 +126,7 @@ def test_drop_ins(name: str, dtype: torch.dtype) -> None:
     check(found, clean, exact, bad)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.usefixtures("eager_kernels")
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("shape", [(1,), (31,), (2050,), (33, 77)], ids=str)
@@ -170,6 +174,7 @@ def test_compiled(dtype: torch.dtype) -> None:
     assert (found[-1] != clean[-1]).sum() <= 32 * (~bad[-1].isfinite()).sum()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_kernels_of_drop_ins(dtype: torch.dtype) -> None:
     ours, torchs = pair("GELU", levels="typical")
@@ -237,6 +242,7 @@ def _in_words_with(bad: Tensor, layout: PlaneLayout) -> Tensor:
     return layout.join(parts, bad)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
 @pytest.mark.parametrize("lanes", [1, 16])
 def test_words_that_happen_to_be_the_mark(lanes: int, bits: int) -> None:

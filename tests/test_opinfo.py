@@ -82,6 +82,7 @@ def supported(*dtypes: torch.dtype) -> list[tuple[str, torch.dtype]]:
     return [(name, dtype) for name in NAMES for dtype in dtypes if dtype in OPS[name].supported_dtypes("cpu")]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("name", "dtype"), supported(torch.float32, torch.bfloat16, torch.float16, torch.float64))
 def test_drop_ins(name: str, dtype: torch.dtype) -> None:
     torchs, ours = getattr(F, name), partial(getattr(fewbit_fx.functional, name), levels="typical")
@@ -114,6 +115,7 @@ def drop_in_levels(name: str, sample: Sample) -> tuple[float, ...] | None:
         return None
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(("name", "dtype"), supported(torch.float32, torch.bfloat16))
 def test_backend(name: str, dtype: torch.dtype) -> None:
     """The backend's graphs in plain ATen; the forward and one-bit gradients equal those without fewbit."""

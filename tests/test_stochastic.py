@@ -87,6 +87,7 @@ def test_numbers_are_uniform_and_independent() -> None:
         assert correlation.abs() < 5 / math.sqrt(a.numel())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_decoded_values_are_right_on_average(bits: int, shares: bool) -> None:
@@ -139,6 +140,7 @@ def test_what_is_finite_stays_finite_and_what_is_not_does_not(dtype: torch.dtype
         assert decoded[1, 32].isnan()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("function", [F.gelu, F.silu, torch.tanh, F.elu, torch.sin], ids=lambda f: f.__name__)
 def test_decoded_derivatives_are_right_on_average(function: Callable[[Tensor], Tensor], bits: int) -> None:

@@ -48,6 +48,7 @@ def error_on(book: Codebook, exact: Array) -> float:
     return float(np.linalg.norm(book.nearest(exact) - exact) / np.linalg.norm(exact))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", SMOOTH)
 def test_the_error_far_out_falls_with_the_bits(name: str) -> None:
     """By half for each bit at least; the share may rise by little from one to the next."""
@@ -59,12 +60,14 @@ def test_the_error_far_out_falls_with_the_bits(name: str) -> None:
     assert errors[7] < 1.5e-3
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("x", [-1e4, -100.0, -20.0, 20.0, 100.0, 1e4])
 @pytest.mark.parametrize("name", [n for n in SMOOTH if n not in ("softsign", "atan")])  # they have not settled by 20
 def test_saturated_units_keep_almost_no_error(name: str, x: float) -> None:
     assert far_error(codebook(name, 8, "typical"), derivative_of(ACTIVATIONS[name]), np.array([x])) < 1.5e-3
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("std", [1.0, 3.0, 10.0, 30.0])
 @pytest.mark.parametrize("name", SMOOTH)
 def test_the_report_holds_for_wide_data(name: str, std: float) -> None:

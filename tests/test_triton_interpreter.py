@@ -184,6 +184,7 @@ MORE = {  # of what others test
 CHOSEN = [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in CASES]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", CHOSEN)
 def test_codes_are_those_of_plain_aten_and_gradients_too(name: str, interpret: Interpret) -> None:
     check(run(name), interpret, exact=not CASES[name].sums, config=-1)
@@ -199,6 +200,7 @@ def test_so_they_are_in_the_first_of_the_configurations(name: str, interpret: In
 COMPILED = ["levels of a sample in 3 bits", "a derivative at random in 3 bits", "gated MLP, lean"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", COMPILED)
 def test_kernels_compile_without_spills(name: str, capability: int) -> None:

@@ -4,9 +4,9 @@ python -m bench evidence --quick
 python -m bench evidence --models Llama-3 ViT --tasks CoLA --data DIR
 
 Each case has a process and a JSON file of its own in the output's folder, so that Ctrl-C, or a machine that goes away,
-costs one case: the same command goes on where it was. Tables and plots are made from the files, at the end and with
---render at any time. GLUE is read from DIR (CoLA/train.tsv and so on) or fetched by the package datasets; a run without
---tasks leaves it out where there is neither.
+costs one case: the same command goes on where it was. With --quick the cases of a part share a process. Tables and
+plots are made from the files, at the end and with --render at any time. GLUE is read from DIR (CoLA/train.tsv and so
+on) or fetched by the package datasets; a run without --tasks leaves it out where there is neither.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ONE_BY_ONE = ("codebooks", "memory", "peak")
 """Parts of which one process alone measures on a CPU: times are right so, and peaks have the machine's memory."""
 _QUICK_BITS = (2,)
 _QUICK_MODELS = ("Llama-3",)
-_QUICK_METHODS = {"memory": ("inductor", "budget 0.9", "default", "lean"), "peak": ("inductor", "lean")}
+_QUICK_METHODS = ("inductor", "budget 0.9", "default", "lean")
 
 Lines = Callable[[Sequence[File]], Iterator[str]]
 TABLES: Mapping[str, tuple[tuple[str, Lines], ...]] = {
@@ -79,14 +79,15 @@ def cases_of(flags: argparse.Namespace) -> dict[str, list[Case]]:
 
 
 def _memory_cases(flags: argparse.Namespace) -> Iterator[Case]:
-    for model, method in _models_and_methods("memory", flags):
-        yield memory.case(model, method, _scale(flags, model), flags.dtype, flags.device.type, flags.seconds)
+    for model, method in _models_and_methods(flags):
+        given = (_scale(flags, model), flags.dtype, flags.device.type, flags.seconds)
+        yield memory.case(model, method, *given, shares_process=flags.quick)
 
 
 def _peak_cases(flags: argparse.Namespace) -> Iterator[Case]:
-    if flags.device.type == "cuda":
-        return  # where memory and time are measured at a size that has the peak in it
-    for model, method in _models_and_methods("peak", flags):
+    if flags.device.type == "cuda" or flags.quick:
+        return  # a GPU measures memory and time at a size that has the peak in it, and a quick run is for minutes
+    for model, method in _models_and_methods(flags):
         yield peak.case(model, method, peak.larger(_scale(flags, model)), flags.dtype, flags.device.type)
 
 
@@ -98,9 +99,9 @@ def _batch_cases(flags: argparse.Namespace) -> Iterator[Case]:
             yield largest_batch.case(model, method, largest_batch.smallest(_scale(flags, model)), flags.dtype)
 
 
-def _models_and_methods(part: str, flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
+def _models_and_methods(flags: argparse.Namespace) -> Iterator[tuple[str, str]]:
     models = flags.models or (_QUICK_MODELS if flags.quick else MODELS)
-    methods = flags.methods or (_QUICK_METHODS[part] if flags.quick else OF_MEMORY)
+    methods = flags.methods or (_QUICK_METHODS if flags.quick else OF_MEMORY)
     yield from ((model, method) for model in models for method in methods if method in OF_MEMORY)
 
 

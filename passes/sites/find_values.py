@@ -52,9 +52,10 @@ def find_values(joint: fx.Graph, partition: Partition, of_modules: Collection[in
     Left exact are integers, inputs of the graph that need no gradient (data, which the caller keeps), and statistics
     such as the variance of a norm: small, and read by many elements each. What lives anyway, as parameters do, is
     no site; what follows from parameters and buffers alone, such as the copies of weights that autocast makes, is
-    exact too: gradients flow through weights, and all elements of a batch read the same. In place of the logits of a softmax stand its probabilities, or multiples of them: the gradient is linear
-    in them, but exponential in the logits, whose range grows in training. They have codes of their own (``shares``).
-    Keys that are rotated after a bias was added are exact (``rotary``).
+    exact too: gradients flow through weights, and all elements of a batch read the same. In place of the logits of a
+    softmax stand its probabilities, or multiples of them: the gradient is linear in them, but exponential in the
+    logits, whose range grows in training. They have codes of their own (``shares``). Keys that are rotated after a bias
+    was added are exact (``rotary``).
 
     Args:
         joint: The joint graph of the cut.
