@@ -110,8 +110,11 @@ class Network(nn.Module):
         return self.after(self.function(3 * self.before(x) + self.probe))
 
 
-@pytest.mark.one_in(4)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float16))],
+    ids=str,
+)
 @pytest.mark.parametrize("name", CASES)
 def test_every_bounded_derivative_is_coded(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
@@ -127,7 +130,7 @@ def test_every_bounded_derivative_is_coded(name: str, dtype: torch.dtype) -> Non
     assert torch.equal(seen.output, watch(model, x, config=PLAIN).output)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradients_error_is_what_the_codebook_predicts(name: str) -> None:
     """Against the exact gradient; the prediction comes from autograd's derivative and never sees a graph."""

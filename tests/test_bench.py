@@ -221,6 +221,7 @@ def test_training_in_full_and_frozen() -> None:
     assert len(trained("full", "mlp")) == 4
 
 
+@pytest.mark.slow
 def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "in_fresh_process", in_this_process)
     data = run("step", "--layers 1 --batch 1 --sequence 32 --lora --bits 2 --seconds 0.01", tmp_path)

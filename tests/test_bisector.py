@@ -62,6 +62,7 @@ def third_activation_is_exact(backend: Callable[..., object]) -> bool:
     return all(site.module != "5" or site.is_exact for site in report.sites)
 
 
+@pytest.mark.slow
 def test_a_real_model() -> None:
     lines: list[str] = []
     found = fewbit_fx.bisect(third_activation_is_exact, min_numel=0, bits=1, progress=lines.append)
