@@ -286,6 +286,7 @@ def tokens(batch: int = 4, length: int = 32) -> Batch:
     return torch.randint(256, (batch, length)), torch.randint(256, (batch, length))
 
 
+@pytest.mark.slow
 def test_the_budget_holds_for_its_own_compilations_alone() -> None:
     """Dynamo hands one model what it compiled for another of the same class, if the backend is the same."""
     model, batch = language_model("gpt", lora=False, layers=1, context=32), tokens()

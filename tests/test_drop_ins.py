@@ -128,8 +128,7 @@ def test_forward_is_bit_identical_and_backward_is_the_nearest_level(name: str, d
     assert (error <= 2 * torch.finfo(dtype).eps * (direction * expected).abs()[certain] + 1e-6).all()
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_thresholds_hold_for_every_value_of_a_dtype(dtype: torch.dtype, compiled: bool) -> None:
     """A boundary that is off by one float gives a wrong bit; 0.3 is no number of these dtypes."""
@@ -489,6 +488,7 @@ def test_compiled_kernels_serve_all_sizes(dtype: torch.dtype, levels: str, kerne
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == kernels
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("backend", ["inductor", fewbit_fx.backend(recipe="derivatives")], ids=["inductor", "fewbit"])
 def test_within_torch_compile(backend: Any) -> None:
     model = nn.Sequential(

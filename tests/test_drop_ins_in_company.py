@@ -188,7 +188,8 @@ def test_functions_in_place(function: Callable[[Tensor], Tensor], compiled: bool
             assert (found - exact).norm() <= 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("backend", ["inductor", pytest.param("fewbit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["inductor", "fewbit"])
 def test_compiled_within_hooks_on_saved_tensors(x: Tensor, backend: str) -> None:
     model = nn.Sequential(nn.Linear(70, 64), fewbit_fx.nn.GELU(), fewbit_fx.nn.Pointwise(torch.atan), nn.Linear(64, 8))
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -245,6 +246,7 @@ def use(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("make", [by_closure, by_method])
 def test_nothing_keeps_a_function_alive(x: Tensor, make: Callable[[Scaled], Callable[[Tensor], Tensor]]) -> None:
     named, scaled = set(vars(NAMED)), Scaled(0.9)

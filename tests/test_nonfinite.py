@@ -86,7 +86,7 @@ def test_backend(name: str, dtype: torch.dtype) -> None:
     check(found, clean, exact, bad)
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(16)
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: x.t(), lambda x: x[:, ::3], lambda x: x[:2]])
 def test_backend_bits_and_layouts(make: Callable[[Tensor], Tensor], bits: int) -> None:
@@ -151,6 +151,7 @@ def _gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 # Compiled.
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled(dtype: torch.dtype) -> None:
     """Functions coded by the backend, from x and from f'(x), an exact mask, and a drop-in of one bit, in one graph."""
