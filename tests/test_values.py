@@ -224,6 +224,25 @@ def test_what_follows_from_parameters_and_buffers_is_exact(recompute: bool) -> N
     assert [s.shape for s in sites if not s.is_exact] == 3 * [(256, 64)], "two inputs of layers, and the noise"
 
 
+class Merged(nn.Module):
+    """A layer whose weight adapters make, as DoRA's: a sum, of which each row has a length of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+        self.down, self.up = (nn.Parameter(torch.randn(shape)) for shape in ((8, 64), (64, 8)))
+        self.length = nn.Parameter(torch.ones(64, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.frozen + self.up @ self.down
+        return F.silu(F.linear(x, self.length * weight / weight.norm(dim=1, keepdim=True)))
+
+
+def test_weights_that_adapters_make_are_exact() -> None:
+    sites = sites_of(nn.Sequential(Merged(), Merged()), torch.randn(512, 64), value_bits=8)
+    assert {s.shape for s in sites if not s.is_exact} == {(512, 64)}
+
+
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_probabilities_stand_in_place_of_logits(scale: float, smoothing: float) -> None:
