@@ -24,8 +24,10 @@ from .same_names import SameNames
 from .site_names import site_names
 from .sites import Site, Unreadable, find_sites, find_values
 from .softmax_rows import Row, balance, softmax_rows
+from .weights import weights
 
 NOT_SMALLER, DECIDES, RENAMED = map(Reason, (Cause.GRAPHS_NOT_SMALLER, Cause.DECIDES, Cause.RENAMED))
+WEIGHT = Reason(Cause.WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,7 @@ class Work:
 
     def softmax_rows(self) -> list[Row]:
         """Where the backward has the gradient of a softmax whose probabilities the plan makes inexact."""
-        plan = self.plan.items()
-        inexact = {s.replaced.name for s, done in plan if not isinstance(done, Exact) and done.relative_error > 0}
+        inexact = {site.replaced.name for site, done in self.plan.items() if _is_inexact(done)}
         return list(softmax_rows(self.joint, self.plain.backward.graph, inexact))
 
     def predicted_bytes(self) -> int:
@@ -88,23 +89,31 @@ class Work:
         return replace(self.with_exact(dict.fromkeys(self.coded, reason)), chosen=self.plain)
 
 
+def _is_inexact(decision: Decision) -> bool:
+    return not isinstance(decision, Exact) and decision.relative_error > 0
+
+
 def find(work: Work) -> Work:
     """Find the sites, and how their tensors will lie in memory."""
     note_layouts(work.joint, work.plain.forward)
     sites, unreadable = find_sites(work.joint, work.plain.computed_in_backward())
     if work.config.codes_values:
-        sites += find_values(work.joint, work.plain, work.of_modules)
+        sites += find_values(work.joint, work.plain)
     return replace(work, sites=site_names(sites), unreadable=unreadable)
 
 
 def represent(work: Work) -> Work:
     """Choose a representation for each site by itself."""
     symbols = work.plain.symbols_in_backward()
-    same = SameNames(work.joint, work.plain)
-    plan = {
-        site: choose(site, work.config, symbols, work.proposals, name) if same.hold_for(site) else Exact(RENAMED)
-        for site, name in work.sites.items()
-    }
+    same, of_weights = SameNames(work.joint, work.plain), weights(work.joint, work.of_modules)
+
+    def decided(site: Site, name: str) -> Decision:
+        if not same.hold_for(site):
+            return Exact(RENAMED)
+        done = choose(site, work.config, symbols, work.proposals, name)
+        return Exact(WEIGHT) if _is_inexact(done) and site.stored in of_weights else done
+
+    plan = {site: decided(site, name) for site, name in work.sites.items()}
     proposed = {site: done for site, done in plan.items() if not isinstance(done, Exact)}
     return replace(work, plan=plan, proposed=proposed)
 

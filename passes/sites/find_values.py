@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Mapping, Set
 
 import torch
 from torch import Tensor, fx
 
-from fewbit_fx.torch_private.graphs import HigherOrderOperator, OpOverload
+from fewbit_fx.torch_private.graphs import OpOverload
 from fewbit_fx.torch_private.sizes import hint, storage_key
 
 from ..graph import (
@@ -18,7 +18,6 @@ from ..graph import (
     closure,
     constant_value,
     descendants,
-    draws_numbers,
     is_local,
     is_pointwise,
     is_softmax,
@@ -37,7 +36,7 @@ from .rotary import read_with_rotated_keys
 from .value_site import Reader, ValueSite
 
 DATA, STATISTIC, INTEGER = Reason(Cause.DATA), Reason(Cause.STATISTIC), Reason(Cause.INTEGER)
-LOSS, ROTATED, WEIGHT = Reason(Cause.LOSS), Reason(Cause.ROTATED), Reason(Cause.WEIGHT)
+LOSS, ROTATED = Reason(Cause.LOSS), Reason(Cause.ROTATED)
 _PRODUCTS = frozenset({aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.linear, aten._scaled_mm, aten._grouped_mm})
 _REDUCTIONS = frozenset(
     {aten.sum, aten.mean, aten.var, aten.var_mean, aten.std, aten.amax, aten.amin, aten.max, aten.logsumexp, aten.norm}
@@ -46,27 +45,23 @@ _ROOTS = frozenset({aten.rsqrt, aten.sqrt, aten.reciprocal})
 _FEWER = 8  # a statistic has at most this fraction of the elements that it was computed from
 
 
-def find_values(joint: fx.Graph, partition: Partition, of_modules: Collection[int] = ()) -> list[ValueSite]:
+def find_values(joint: fx.Graph, partition: Partition) -> list[ValueSite]:
     """The tensors that a cut saves, but for masks, in the order in which it saves them.
 
     Left exact are integers, inputs of the graph that need no gradient (data, which the caller keeps), and statistics
     such as the variance of a norm: small, and read by many elements each. What lives anyway, as parameters do, is
-    no site; what follows from parameters and buffers alone, such as the copies of weights that autocast makes, is
-    exact too: gradients flow through weights, and all elements of a batch read the same. In place of the logits of a
-    softmax stand its probabilities, or multiples of them: the gradient is linear in them, but exponential in the
-    logits, whose range grows in training. They have codes of their own (``shares``). Keys that are rotated after a bias
-    was added are exact (``rotary``).
+    no site. In place of the logits of a softmax stand its probabilities, or multiples of them: the gradient is linear
+    in them, but exponential in the logits, whose range grows in training. They have codes of their own (``shares``).
+    Keys that are rotated after a bias was added are exact (``rotary``).
 
     Args:
         joint: The joint graph of the cut.
         partition: The cut.
-        of_modules: Positions of the inputs that are parameters and buffers of modules.
     """
     nodes, data = by_name(joint), _data(joint, partition.num_fwd_outputs)
     backward = partition.backward.graph
     gradients, read = descendants(tangents(backward)), by_name(backward)
     readers = _readers(backward, gradients, _norm_inputs(joint))
-    weights = _follow_from(joint, of_modules)
     in_losses = _read_by_losses(backward, gradients)
     rotated = read_with_rotated_keys(joint, backward, gradients)
     saved = {n.name for storage in partition.saved_storages().values() for n in storage}
@@ -76,8 +71,6 @@ def find_values(joint: fx.Graph, partition: Partition, of_modules: Collection[in
             return INTEGER
         if storage_key(node) in data:
             return DATA
-        if node in weights:
-            return WEIGHT
         if node.name in in_losses and readers[node.name] is not Reader.SOFTMAX:
             return LOSS
         if node.name in rotated:
@@ -148,18 +141,6 @@ def _data(joint: fx.Graph, num_fwd_outputs: int) -> set[object]:
     if len(gradients) != len(inputs):
         return {storage_key(n) for n in inputs}
     return {storage_key(n) for n, gradient in zip(inputs, gradients, strict=True) if gradient is None}
-
-
-def _follow_from(graph: fx.Graph, inputs: Collection[int]) -> set[fx.Node]:
-    """What is computed from some inputs, sizes and constants alone, and not at random."""
-    given = placeholders(graph)
-    found = {given[i] for i in inputs} | {n for n in given if not isinstance(value_of(n), Tensor)}
-    for node in graph.nodes:  # in order
-        is_known = node.op == "call_function" and not isinstance(node.target, HigherOrderOperator)
-        is_made = is_known and not draws_numbers(node)
-        if is_made and all(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _is_statistic(node: fx.Node) -> bool:
