@@ -432,7 +432,8 @@ def test_render_alone_measures_nothing(measured: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "flags", ["--parts codebooks memory --methods inductor lean", pytest.param("", marks=pytest.mark.slow)]
+    "flags",
+    ["--parts codebooks memory --methods inductor lean --dtype float32", pytest.param("", marks=pytest.mark.slow)],
 )
 def test_a_quick_run(flags: str, tmp_path: Path) -> None:
     """The whole command, as users call it."""
