@@ -167,13 +167,13 @@ class _Rewriter:
     def _in_forward(self, node: fx.Node) -> fx.Node:
         """The forward's node of this name; computed anew where the forward had no use for it."""
         graph, known = self._partition.forward.graph, self._forward
-        for each in sorted(closure([node], lambda n: () if n.name in known else n.all_input_nodes)):
-            if each.name not in known:
-                assert each.op == "call_function", f"the forward lacks its input {each.name}"
-                inputs = [known[n.name] for n in each.all_input_nodes]
-                last = max(inputs, default=placeholders(graph)[-1])  # a constant has no inputs
-                with graph.inserting_before(after(last)):
-                    known[each.name] = graph.node_copy(each, lambda n: known[n.name])
+        reached = closure([node], lambda n: () if n.name in known else n.all_input_nodes)
+        for each in sorted(n for n in reached if n.name not in known):
+            assert each.op == "call_function", f"the forward lacks its input {each.name}"
+            inputs = [known[n.name] for n in each.all_input_nodes]
+            last = max(inputs) if inputs else placeholders(graph)[-1]  # a constant has no inputs
+            with graph.inserting_before(after(last)):
+                known[each.name] = graph.node_copy(each, lambda n: known[n.name])
         return known[node.name]
 
     def _return_planes(self, dropped: set[str]) -> None:

@@ -8,16 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import STRICT, watch
+from recording import LEAN, Recording
 from torch import Tensor, nn
 
 import fewbit_fx
-from fewbit_fx.config import FewBitConfig
 from fewbit_fx.passes.gain import NOT_SAVED
-from fewbit_fx.passes.partitioner import FewBitPartitioner
 from fewbit_fx.passes.plan import EMPTY, SIZE_FROM_DATA, SIZE_NOT_IN_BACKWARD
-from fewbit_fx.passes.record import GraphRecord
 from fewbit_fx.reporting.words import action, because
-from fewbit_fx.torch_private.inductor import partition_only
 
 WEIGHT = torch.randn(64, 64) / 8
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -115,18 +112,18 @@ def test_jagged_tensors(name: str) -> None:
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_length_that_lies_innermost_in_memory_stays_a_symbol(norm: bool, width: int, rounding: str) -> None:
     """Whether blocks go together with its dimension is not asked: the answer would be a guard, and a graph for each."""
-    records: list[GraphRecord] = []
-    options = {"value_bits": 8, "norm_bits": 8, "rounding": rounding, "recompute": False}
-    partitioner = FewBitPartitioner(FewBitConfig(min_numel=0, strict=True, **options), records.append)
+    recording = Recording(LEAN.updated({"norm_bits": 8, "rounding": rounding, "recompute": False}))
     layer = nn.Linear(width, width)
 
     def step(x: Tensor) -> Tensor:
         return layer(F.layer_norm(x, (width,)) if norm else F.gelu(x)).square().mean()
 
-    compiled = torch.compile(step, backend=lambda gm, xs: partition_only(gm, xs, partitioner), dynamic=True)
+    compiled = torch.compile(step, backend=recording.backend, dynamic=True)
     for length in (32, 48, 33):
         x = torch.randn(2, width, length).transpose(1, 2).requires_grad_()
-        compiled(x).backward()
+        compiled(x * 1).backward()  # a leaf itself lives anyway
         assert x.grad is not None
-    (record,) = records
+    (graph,) = recording.graphs
+    assert len(graph.backward) == 3
+    (record,) = graph.records
     assert any(s.function != "linear input" and not s.is_exact for s in record.sites)

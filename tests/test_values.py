@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import check_interface, check_sums, watch
+from recording import Recording
 from torch import Tensor, nn
 
 import fewbit_fx
 from fewbit_fx import FewBitConfig
 from fewbit_fx.codec.block_scaled import block_layout, decode_values, encode_values
-from fewbit_fx.dynamo.listener import Listener
-from fewbit_fx.dynamo.partitioned_run import partitioned
 from fewbit_fx.passes.reasons import Cause
 from fewbit_fx.passes.record import SiteRecord
 from fewbit_fx.passes.sites import Reader, ValueSite
@@ -206,13 +205,12 @@ class Weighted(nn.Module):
 
 def sites_of(model: nn.Module, x: Tensor, **options: Any) -> list[SiteRecord]:
     """As the backend has them, which knows a parameter from other inputs."""
-    torch.compiler.reset()
-    listener = Listener()
+    recording = Recording(config(**options))
     with torch.autocast("cpu", torch.bfloat16):
-        partitioned(model, config(**options), listener)(x).float().square().mean().backward()
-    (record,) = listener.records
-    check_sums(record)
-    return list(record.sites)
+        torch.compile(model, backend=recording.backend)(x).float().square().mean().backward()
+    assert recording.check() == 1
+    (graph,) = recording.graphs
+    return [site for record in graph.records for site in record.sites]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

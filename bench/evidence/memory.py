@@ -46,9 +46,7 @@ class Result:
     gradient_error: float | None
 
 
-def case(
-    model: str, method: str, scale: Scale, dtype: str, device: str, seconds: float, shares_process: bool = False
-) -> Case:
+def case(model: str, method: str, scale: Scale, dtype: str, device: str, seconds: float) -> Case:
     """One method on one model.
 
     Args:
@@ -58,7 +56,6 @@ def case(
         dtype: Of its parameters and data.
         device: cpu or cuda.
         seconds: Of timing.
-        shares_process: With the other methods of the model, on a CPU too, which takes less time.
     """
     settings = {
         "model": model,
@@ -68,7 +65,7 @@ def case(
         "device": device,
         "seconds": seconds,
     }
-    return Case(PART, f"{model}, {method}", settings, process=model if device == "cuda" or shares_process else None)
+    return Case(PART, f"{model}, {method}", settings, process=model if device == "cuda" else None)
 
 
 class Step:

@@ -75,7 +75,7 @@ class PlaneLayout:
         """The same with its dimensions as they lie in memory: before :func:`arranged`."""
         shape = sizes_in_memory(sizes_of(like), self.order)
         if self._fills(like):
-            return (parts[0] if self.kept else _flat_if_symbolic(parts[0])).reshape(shape)
+            return self._unkept_in_a_row(parts[0]).reshape(shape)
         flats = [part.reshape(-1) for part in parts]
         numel = _numel(like)
         flats[-1] = flats[-1][: numel - sum(flat.numel() for flat in flats[:-1])]
@@ -83,8 +83,17 @@ class PlaneLayout:
 
     def blocks(self, x: Tensor) -> Tensor:
         """Whole blocks, shape (kept dimensions, blocks, 32, lanes), of a tensor in memory order."""
-        x = x if self.kept else _flat_if_symbolic(x)
+        x = self._unkept_in_a_row(x)
         return x.reshape(*x.shape[: self.kept], -1, WORD_BITS, self.lanes)
+
+    def _unkept_in_a_row(self, x: Tensor) -> Tensor:
+        """The elements in a row, where sizes are symbols and no dimension is kept.
+
+        A reshape of several dimensions to several asks which of them go together, and torch guards on the answer: a
+        size that differs from call to call would be a number from then on.
+        """
+        in_place = self.kept or all(isinstance(size, int) for size in sizes_of(x))
+        return x if in_place else x.reshape(-1)
 
     def pack(self, bits: Tensor, weights: Tensor) -> Tensor:
         """Blocks of bits, boolean or the signs of int32 -> int32 words, shape (kept dimensions, blocks, 1, lanes).
@@ -186,15 +195,6 @@ def sizes_in_memory(shape: Sequence[int], order: tuple[int, ...]) -> Sequence[in
 def arranged(elements: Tensor, order: tuple[int, ...]) -> Tensor:
     """The tensor whose dimensions, in that order, are given."""
     return elements.permute([order.index(d) for d in range(len(order))]) if order else elements
-
-
-def _flat_if_symbolic(x: Tensor) -> Tensor:
-    """The elements in a row, where sizes are symbols.
-
-    A reshape of several dimensions to several asks which of them go together, and torch guards on the answer: a size
-    that differs from call to call would be a number from then on.
-    """
-    return x if all(isinstance(size, int) for size in sizes_of(x)) else x.reshape(-1)
 
 
 def _numel(x: Tensor) -> int:
