@@ -16,9 +16,9 @@ from fewbit_fx.torch_private.inductor import (
     min_cut_rematerialization_partition,
     no_budget_of_zero,
 )
-from fewbit_fx.torch_private.sizes import has_known_size, storage_nbytes
+from fewbit_fx.torch_private.sizes import has_known_size, hint, storage_nbytes
 
-from .graph import LOOKUP, aten, descendants, draws_numbers, is_local, prims, tangents, value_of
+from .graph import LOOKUP, aten, closure, descendants, draws_numbers, is_local, is_view, prims, tangents, value_of
 from .original_names import note_names, with_original_names
 from .partition import Partition
 from .splice import copy_module
@@ -28,6 +28,7 @@ _MARK = "fewbit_marked"  # key of a node's metadata while a graph is cut
 _SAVED = {"recompute": CheckpointPolicy.MUST_SAVE, _MARK: True}
 _AGAIN = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, _MARK: True}
 _GATHERING = frozenset({aten.index.Tensor, aten.gather.default, aten.embedding.default})
+_LINKS_IN_A_ROW = 1  # of what is carried from layer to layer, that may be computed again
 
 
 def own_cut(gm: fx.GraphModule, joint_inputs: Sequence[object], alive: tuple[int, ...], **kwargs: Any) -> Partition:
@@ -122,12 +123,55 @@ def _mark(graph: fx.Graph, again: Callable[[fx.Node], bool]) -> None:
         graph: A joint graph.
         again: Whether a cheap operation is to be computed again.
     """
+    carried = _carried_far(graph)
+    for view in _views_for_gradients(graph, carried):
+        if not view.meta.get("recompute"):
+            view.meta |= _AGAIN  # torch's algorithm would save the view as if it were another tensor
     for node in graph.nodes:
         if node.op == "call_function" and not node.meta.get("recompute"):
-            if not _is_cheap(node):
+            if node in carried or not _is_cheap(node):
                 node.meta |= _SAVED
             elif again(node):
                 node.meta |= _AGAIN
+
+
+def _carried_far(graph: fx.Graph) -> set[fx.Node]:
+    """Cheap operations that are not to be computed again, as it would take the same of the layer before.
+
+    A residual connection joins what a layer is given with what the layer has computed of it. From one such sum the next
+    one may be computed again. Of many in a row the backward, which needs the last of them first, would compute all at
+    its beginning, and hold them all. torch's own rule leaves that out too, and more: whatever reads a tensor that is
+    read far before, as all layers read the sines of rotary embeddings.
+    """
+    depth: dict[fx.Node, int] = {}  # expensive operations in a row before a node
+    links: dict[fx.Node, int] = {}  # connections over such, in a row
+    carried: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = [n for n in node.all_input_nodes if _is_most_of(n, node)]
+        expensive = node.op == "call_function" and not _is_cheap(node)
+        depth[node] = max((depth[n] for n in sources), default=0) + expensive
+        joins = any(0 < depth[n] < depth[node] for n in sources)
+        links[node] = 0 if expensive else max((links[n] for n in sources), default=0) + joins
+        if links[node] > _LINKS_IN_A_ROW:
+            carried.add(node)
+            links[node] = 0
+    return carried
+
+
+def _views_for_gradients(graph: fx.Graph, nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """The views of some nodes that operations on gradients read, and those that such views are of."""
+    gradients = descendants(tangents(graph))
+    views = closure(nodes, lambda n: [user for user in n.users if is_view(user)]).difference(nodes)
+    read = [view for view in views if not gradients.isdisjoint(view.users)]
+    return closure(read, lambda n: views.intersection(n.all_input_nodes))
+
+
+def _is_most_of(source: fx.Node, node: fx.Node) -> bool:
+    """Whether a tensor has more than half as many elements as what follows from it."""
+    x, y = value_of(source), value_of(node)
+    if not isinstance(x, Tensor):
+        return False
+    return not isinstance(y, Tensor) or 2 * hint(x.numel()) > hint(y.numel())
 
 
 def _mark_drawn_numbers(graph: fx.Graph) -> bool:

@@ -16,11 +16,49 @@ import fewbit_fx.passes.partitioner
 from fewbit_fx import FewBitConfig
 from fewbit_fx.passes.cuts import own_cut
 from fewbit_fx.passes.partition import Partition
+from fewbit_fx.torch_private.sizes import storage_key, storage_nbytes
 
 OWN = FewBitConfig(recipe="exact", recompute=False, masks=False, strict=True, min_numel=0)
 LEANER = OWN.updated({"recompute": True})
 
+
+class RotaryAttention(nn.Module):
+    """Queries and keys have a norm before they are rotated, by angles that all layers share (Qwen3, Gemma 3)."""
+
+    def __init__(self, layers: int, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.maps = nn.ModuleList(nn.Linear(width, 3 * width, bias=False) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2 * layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.outer(torch.arange(x.shape[1], device=x.device), torch.arange(x.shape[2] // self.heads))
+        cos, sin = angles.cos(), angles.sin()
+        for i, qkv in enumerate(self.maps):
+            q, k, v = qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k = self.norms[2 * i](q), self.norms[2 * i + 1](k)
+            q, k = ((y * cos + y.roll(1, -1) * sin) for y in (q, k))
+            x = F.scaled_dot_product_attention(q, k, v.contiguous()).transpose(1, 2).flatten(2)
+        return x
+
+
+class ResidualNorms(nn.Module):
+    """What each layer adds to its input has a norm first, so that its backward needs what the layer computes."""
+
+    def __init__(self, layers: int, width: int = 32) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear, norm in zip(self.maps, self.norms, strict=True):
+            x = x + norm(linear(x))
+        return x
+
+
 MODELS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "rotary": (RotaryAttention(2), (4, 16, 32)),
+    "residual": (ResidualNorms(4), (4, 16, 32)),
     "gated": (SwiGLU(), (4, 16, 32)),
     "transformer": (TransformerBlock(dropout=0.0), (4, 16, 32)),
     "transformer with dropout": (TransformerBlock(dropout=0.3), (4, 16, 32)),
@@ -127,6 +165,28 @@ def test_only_cheap_operations_are_computed_again(name: str) -> None:
     assert recomputed
     heavy = ("mm", "convolution.", "attention", "var_mean", "inductor_seed")
     assert not [target for target in recomputed if any(part in target for part in heavy)]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_rotated_queries_are_computed_again_in_every_layer(layers: int) -> None:
+    """The angles are read by all layers, far apart, which torch's own rules take for a reason to save the results."""
+    x = torch.randn(4, 16, 32, requires_grad=True)
+    seen = watch(RotaryAttention(layers), x, config=LEANER)
+    large = [n for n in seen.chosen.saved() if n.op == "call_function" and n.meta["val"].numel() >= x.numel()]
+    found = {storage_key(n): storage_nbytes(n) for n in large}
+    # The input, and of each layer what the map makes, which has values in it too, and what attention returns.
+    assert sorted(found.values()) == [x.nbytes] * (1 + layers) + [3 * x.nbytes] * layers
+
+
+@pytest.mark.parametrize("layers", [2, 3, 8])
+def test_residual_sums_are_computed_again_from_one_that_is_saved(layers: int) -> None:
+    """Each from the one before would be all of them at the beginning of the backward."""
+    x = torch.randn(4, 16, 32, requires_grad=True)
+    seen = watch(ResidualNorms(layers), x, config=LEANER)
+    saved = [n for n in seen.chosen.saved() if n.op == "call_function" and n.meta["val"].numel() == x.numel()]
+    sums = [n for n in saved if n.target is torch.ops.aten.add.Tensor]
+    assert len(saved) - len(sums) == layers
+    assert len(sums) == (layers - 2) // 2, "the first follows from an input, and nothing reads the last"
 
 
 def test_random_numbers_are_not_drawn_anew() -> None:

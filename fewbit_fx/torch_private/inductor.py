@@ -130,12 +130,12 @@ def cheap_recomputation(*, all_unmarked: bool) -> AbstractContextManager[None]:
     These are the rules that it lifts itself, one after another, when a budget of activation memory asks for less.
 
     Args:
-        all_unmarked: Whether it may do so with any operation that is not marked ``MUST_SAVE``, and not just with those
-            on its own list.
+        all_unmarked: Whether it may do so with any operation that is not marked ``MUST_SAVE``: not just with those on
+            its own list, and also with what reads a tensor that is read far before.
     """
     rules = {"ban_recompute_long_fusible_chains": False, "ban_recompute_materialized_backward": False}
     if all_unmarked:
-        rules["ban_recompute_not_in_allowlist"] = False
+        rules |= {"ban_recompute_not_in_allowlist": False, "ban_recompute_used_far_apart": False}
     patched: AbstractContextManager[None] = torch._functorch.config.patch(rules)
     return patched
 
