@@ -61,7 +61,7 @@ def test_each_gradient_is_the_nearest_level(dtype: torch.dtype, bits: int) -> No
     torch.testing.assert_close(gradient[certain], factor.to(torch.float32).to(dtype)[certain], rtol=2**-23, atol=0)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize(
     "function",
     [F.silu, F.softplus, lambda x: 3 * torch.tanh(x), F.elu, F.mish, lambda x: x / (1 + x * x).sqrt(), torch.sin],
@@ -101,7 +101,7 @@ def adapted_block() -> nn.Module:
         (two_blocks, torch.float32),
         pytest.param(two_blocks, torch.bfloat16, marks=pytest.mark.slow),
         pytest.param(adapted_block, torch.float32, marks=pytest.mark.slow),
-        (adapted_block, torch.bfloat16),
+        pytest.param(adapted_block, torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
 def test_a_transformers_forward_is_bit_identical(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
@@ -165,7 +165,7 @@ def test_relu_and_dropout_gradients_are_bit_identical(dtype: torch.dtype, width:
     assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [63, 64])
 def test_symbolic_shapes_run_at_many_sizes_with_one_compilation(width: int) -> None:
     coded, masked = mlp(nn.GELU(), width=width), mlp(nn.Sequential(nn.ReLU(), nn.Dropout(0.3)), width=width)

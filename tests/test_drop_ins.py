@@ -518,6 +518,7 @@ def test_a_converted_hugging_face_activation_within_torch_compile() -> None:
     assert close_to_oracle(list(found), list(expected))
 
 
+@pytest.mark.slow
 def test_functions_within_torch_compile() -> None:
     def snake(x: Tensor) -> Tensor:
         return x + torch.sin(x) ** 2

@@ -51,6 +51,7 @@ def test_first_use_under_a_transform(x: Tensor) -> None:
     assert torch.equal(grad(lambda v: celu(v).sum())(x), coded_gradient(x, celu))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_vmap_of_grad(x: Tensor, dim: int) -> None:
     found = vmap(grad(lambda v: silu(v).sum()), in_dims=dim, out_dims=dim)(x)
@@ -70,6 +71,7 @@ def test_forward_mode_is_exact(x: Tensor) -> None:
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.slow
 def test_gradients_per_sample(x: Tensor) -> None:
     gelu = fewbit_fx.nn.GELU(levels="typical")
     model = nn.Sequential(nn.Linear(70, 30), gelu, fewbit_fx.nn.PReLU(), nn.Linear(30, 1))
@@ -132,6 +134,7 @@ def test_selective_checkpointing(x: Tensor) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("inside", [True, False])
 def test_fake_tensors(inside: bool) -> None:
     """Nothing of theirs may stay behind in a cache: real tensors go the usual way afterwards."""
@@ -204,6 +207,7 @@ def test_compiled_within_hooks_on_saved_tensors(x: Tensor, backend: str) -> None
         assert (value - expected).norm() <= 1e-2 * expected.norm()  # codes at a boundary
 
 
+@pytest.mark.slow
 def test_compiled_functions_that_read_a_tensor(x: Tensor) -> None:
     scale = torch.tensor([0.7])
 
@@ -269,6 +273,7 @@ def test_a_function_is_prepared_once() -> None:
     )
 
 
+@pytest.mark.slow
 def test_hooks_of_converted_hugging_face_activations(x: Tensor) -> None:
     activations = pytest.importorskip("transformers.activations", reason="Hugging Face transformers is not installed")
     model = nn.Sequential(*(copy.deepcopy(activations.ACT2FN["gelu_new"]) for _ in range(2)))

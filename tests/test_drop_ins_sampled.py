@@ -317,6 +317,7 @@ def network(scale: float = 0.02) -> nn.Sequential:
     return model
 
 
+@pytest.mark.slow
 def test_within_torch_compile_with_dynamic_shapes() -> None:
     model, x = network(), torch.randn(128, 32, requires_grad=True)
     y = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)(x)

@@ -39,6 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 HEADS = {"Mamba": "ForCausalLM", "Qwen3Moe": "ForCausalLM", "Whisper": "ForConditionalGeneration"}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_what_the_codes_say(name: str) -> None:
     config = getattr(transformers, f"{name}Config")(**CONFIGS[name])

@@ -72,6 +72,7 @@ def test_mark_dynamic_gives_one_graph_for_all_sizes() -> None:
     assert len(found["lean"].records) == 1
 
 
+@pytest.mark.slow
 def test_ragged_lengths_of_attention_run_without_kernels_too() -> None:
     """Codes of q, k and v of a symbolic length had other strides than these, which a view of them did not take."""
     lengths = [lambda n=n: torch.randn(2, n, 32) for n in (17, 31)]  # type: ignore[misc]

@@ -74,7 +74,7 @@ def through_the_backend(module: nn.Module, x: Tensor, config: FewBitConfig) -> T
     return gradient
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_backend(name: str, dtype: torch.dtype) -> None:

@@ -82,7 +82,7 @@ def supported(*dtypes: torch.dtype) -> list[tuple[str, torch.dtype]]:
     return [(name, dtype) for name in NAMES for dtype in dtypes if dtype in OPS[name].supported_dtypes("cpu")]
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(("name", "dtype"), supported(torch.float32, torch.bfloat16, torch.float16, torch.float64))
 def test_drop_ins(name: str, dtype: torch.dtype) -> None:
     torchs, ours = getattr(F, name), partial(getattr(fewbit_fx.functional, name), levels="typical")

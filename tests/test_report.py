@@ -122,6 +122,7 @@ def test_explain_a_function_with_keywords() -> None:
     assert [s.function for s in report.sites] == ["custom"]
 
 
+@pytest.mark.slow
 def test_last_report_of_a_model_in_training_equals_explain() -> None:
     model, x = Model(), torch.randn(4, 32, 64)
     expected = fewbit_fx.explain(model, x)
