@@ -124,14 +124,12 @@ def _mark(graph: fx.Graph, again: Callable[[fx.Node], bool]) -> None:
         again: Whether a cheap operation is to be computed again.
     """
     carried = _carried_far(graph)
-    for view in _views_for_gradients(graph, carried):
-        if not view.meta.get("recompute"):
-            view.meta |= _AGAIN  # torch's algorithm would save the view as if it were another tensor
+    views = _views_for_gradients(graph, carried)  # torch's algorithm would save them as if they were other tensors
     for node in graph.nodes:
         if node.op == "call_function" and not node.meta.get("recompute"):
             if node in carried or not _is_cheap(node):
                 node.meta |= _SAVED
-            elif again(node):
+            elif node in views or again(node):
                 node.meta |= _AGAIN
 
 
