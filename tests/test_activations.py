@@ -110,7 +110,7 @@ class Network(nn.Module):
         return self.after(self.function(3 * self.before(x) + self.probe))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "dtype",
     [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.bfloat16, torch.float16))],
@@ -239,7 +239,7 @@ SURROUNDINGS: dict[str, tuple[Step, Step]] = {
 }
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(24)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("function", [F.gelu, F.relu, F.tanh])
 @pytest.mark.parametrize("name", SURROUNDINGS)

@@ -173,7 +173,7 @@ def in_place_before(v: Tensor) -> Tensor:
     return v.tanh()
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("function", [in_place_at_once, in_place_before])
 def test_functions_in_place(function: Callable[[Tensor], Tensor], compiled: bool) -> None:
@@ -250,7 +250,7 @@ def use(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [by_closure, by_method])
 def test_nothing_keeps_a_function_alive(x: Tensor, make: Callable[[Scaled], Callable[[Tensor], Tensor]]) -> None:
     named, scaled = set(vars(NAMED)), Scaled(0.9)

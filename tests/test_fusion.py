@@ -98,7 +98,7 @@ def test_surroundings(name: str, frozen: bool) -> None:
     assert fewbit.counts == plain.counts
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("lora", [False, True])
@@ -146,7 +146,7 @@ class GatedMLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("bits", range(3, 9))
 def test_a_gated_mlp_with_codes_of_values(bits: int) -> None:
     """Gate and up are coded in the kernel that multiplies them, and decoded in the one that differentiates that."""

@@ -76,7 +76,7 @@ def config(recipe: str) -> FewBitConfig:
     return FewBitConfig(recipe=recipe, strict=True, min_numel=0)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("recipe", ["default", "lean"])

@@ -107,6 +107,7 @@ def test_jagged_tensors(name: str) -> None:
     assert reasons <= unknown or name in ("relu", "gelu")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("width", [63, 64])
 @pytest.mark.parametrize("norm", [False, True])

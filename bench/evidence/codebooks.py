@@ -50,12 +50,13 @@ def case(bits: Sequence[int] = BITS) -> Case:
 
 def measure(bits: Sequence[int], elements: int) -> list[Row]:
     """A row for each function, number of bits and way of levels."""
-    return [
-        Row(function, levels, count, tuple(_error(function, coded, spread, elements) for spread in SPREADS))
-        for function in FUNCTIONS
-        for count in bits
-        for levels, coded in _ways(function, count).items()
-    ]
+    with torch.compiler.set_stance("force_eager"):  # kernels would take longer to compile than all of this
+        return [
+            Row(function, levels, count, tuple(_error(function, coded, spread, elements) for spread in SPREADS))
+            for function in FUNCTIONS
+            for count in bits
+            for levels, coded in _ways(function, count).items()
+        ]
 
 
 def _ways(function: str, bits: int) -> dict[str, Coded]:
