@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 LAYERS, WIDTH = 3, 256
 BATCH, TOKENS = 2, 256
+FLOAT32_ADAPTERS = ", float32 adapters"
+"""What names of rows end with where LoRA's weights are float32, as PEFT makes them, and the model is not."""
 
 
 def quiet_libraries() -> None:
@@ -67,15 +69,19 @@ class Architecture:
 
 def architectures() -> list[Architecture]:
     """All of them, in the order of the table."""
-    lora = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-    lora["all linear layers"] = [*lora["attention"], "gate_proj", "up_proj", "down_proj"]
     return [
         *(Architecture(name, "transformer", build) for name, build in _TRANSFORMERS.items()),
         *(Architecture(name, "other", build) for name, build in _OTHERS.items()),
         *(
-            Architecture(f"Llama-3, LoRA on {name}{suffix}", "lora", _lora_llama(where, float32))
-            for name, where in lora.items()
-            for suffix, float32 in (("", None), (", float32 adapters", "lora_"))
+            Architecture(f"Llama-3, LoRA on {name}{suffix}", "lora", _with_adapters(_llama, where, float32))
+            for name, where in (("attention", _ATTENTION), ("all linear layers", [*_ATTENTION, *_MLP]))
+            for suffix, float32 in (("", False), (FLOAT32_ADAPTERS, True))
+        ),
+        *(
+            Architecture(
+                f"{name}, LoRA on attention{FLOAT32_ADAPTERS}", "lora", _with_adapters(_TRANSFORMERS[name], where, True)
+            )
+            for name, where in (("Qwen3", _ATTENTION), ("Gemma-3", _ATTENTION), ("Phi-3", ["qkv_proj", "o_proj"]))
         ),
     ]
 
@@ -212,15 +218,19 @@ def _convnext() -> Example:
     return _image(hf.ConvNextForImageClassification(config), 128)
 
 
-def _lora_llama(where: list[str], float32: str | None) -> Callable[[], Example]:
-    def build() -> Example:
+def _with_adapters(build: Callable[[], Example], where: list[str], float32: bool) -> Callable[[], Example]:
+    """With LoRA on the linear layers of these names, in float32, which is PEFT's default, or in the model's dtype."""
+
+    def adapted() -> Example:
         from peft import LoraConfig, get_peft_model
 
-        example = _llama()
-        adapters = LoraConfig(r=8, target_modules=where, lora_dropout=0.0)
-        return replace(example, model=get_peft_model(example.model, adapters), float32=float32)
+        example, adapters = build(), LoraConfig(r=8, target_modules=where, lora_dropout=0.0)
+        return replace(example, model=get_peft_model(example.model, adapters), float32="lora_" if float32 else None)
 
-    return build
+    return adapted
+
+
+_ATTENTION, _MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
 
 _llama = _language_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from bench.architectures import FLOAT32_ADAPTERS
 from bench.comparison import mebibytes
 from bench.result_file import File, markdown, measured_with
 
@@ -22,15 +23,18 @@ _RECIPES = ("exact", "default", "lean")
 
 
 def lines(files: Sequence[File]) -> Iterator[str]:
-    """A row for each architecture shown, and one for the mean of all transformers."""
+    """A row for each architecture shown, and one for the mean of all transformers and of those with adapters."""
     (file,) = files
     rows = {row["name"]: row for row in file.data["rows"]}
     transformers = [row for row in rows.values() if row["group"] == "transformer"]
     head = ("saved for backward", "inductor", "budget 0.9", *(f'recipe "{name}"' for name in _RECIPES))
     body = [[name, *_cells(rows[name])] for name in SHOWN if name in rows]
+    adapted = [row for row in rows.values() if row["name"].endswith(f"LoRA on attention{FLOAT32_ADAPTERS}")]
     body.append([f"mean of {len(transformers)} transformers", *_means(transformers)])
+    body.append([f"mean of {len(adapted)}, LoRA on attention{FLOAT32_ADAPTERS}", *_means(adapted)])
     yield from markdown(head, *body)
-    yield f"\n<sub>{measured_with(files)}; {file.setting('dtype')}. In brackets the error of the first gradient.</sub>"
+    error = "In brackets the error of the first gradient by codes alone, which is that in float32."
+    yield f"\n<sub>{measured_with(files)}; {file.setting('dtype')}. {error}</sub>"
 
 
 def _cells(row: Mapping[str, Any]) -> Iterator[str]:
@@ -39,7 +43,7 @@ def _cells(row: Mapping[str, Any]) -> Iterator[str]:
     yield _percent(row["budget_bytes"] / plain)
     for name in _RECIPES:
         case = row["recipes"][name]
-        error = f" ({100 * case['gradient_error']:.1f} %)" if case["gradient_error"] else ""
+        error = f" ({100 * case['codes_error']:.1f} %)" if case["codes_error"] else ""
         yield f"{_percent(case['saved_bytes'] / plain)}{error}"
 
 
