@@ -1,10 +1,10 @@
-"""Time cold compilations under inductor and under fewbit, and how fewbit's passes grow with the model.
+"""Time cold compilations under inductor, with and without its memory budget, and under fewbit with its passes.
 
 python -m bench.compile_time --layers 2 12
 
 What is compiled are the forward and the backward of the demo's GPT at a small width, so that kernels
 are small and many. Each compilation has a process and an empty cache of its own, in which a tiny
-model has warmed up the compiler before; the two backends alternate.
+model has warmed up the compiler before; the backends take turns.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import torch
 from rich.table import Table
 
-import fewbit_fx
+from bench.backends import BACKENDS, BUDGETED, FEWBIT, INDUCTOR, TITLES, backend_of
 from bench.command import Command, add_bits, add_recipe, count_flag, parser_of
 from bench.gpt import GPT, GPTConfig
 from bench.measure import in_fresh_process, warm_up_the_compiler
 from bench.timing import clock_for
+from fewbit_fx.dynamo.fewbit_backend import FewBitBackend
 
-BACKENDS = ("inductor", "fewbit")
 REPEATS, REPEATS_OF_A_LARGE_MODEL, LARGE = 3, 1, 24  # a model of more layers than 24 takes minutes
 SEED = 0
 
@@ -62,10 +62,10 @@ class Compilation:
     """One cold compilation of a forward and its backward.
 
     Attributes:
-        backend: ``inductor`` or ``fewbit``.
+        backend: One of ``bench.backends.BACKENDS``.
         layers: Of the model.
         compile_s: Wall time of the first forward and backward, in seconds.
-        pass_s: Of that, in fewbit's own passes, in seconds; 0 under inductor.
+        pass_s: Of that, in fewbit's own passes, in seconds; 0 under another backend.
         coded: Sites that fewbit coded or packed.
     """
 
@@ -83,8 +83,8 @@ class Row:
     Attributes:
         layers: Of the model.
         repeats: Compilations by each backend of which the medians are taken.
-        inductor_s, fewbit_s: Cold compile time, in seconds.
-        ratio: fewbit's over inductor's.
+        inductor_s, budget_s, fewbit_s: Cold compile time, in seconds.
+        budget_ratio, ratio: That within the budget and fewbit's over inductor's.
         pass_s: In fewbit's own passes, in seconds.
         share: Of the passes, against inductor's compile time.
         pass_s_per_layer: ``pass_s`` over the layers, in seconds.
@@ -93,7 +93,9 @@ class Row:
     layers: int
     repeats: int
     inductor_s: float
+    budget_s: float
     fewbit_s: float
+    budget_ratio: float
     ratio: float
     pass_s: float
     share: float
@@ -121,14 +123,14 @@ def compile_in_this_process(settings: Settings, backend: str, layers: int) -> Co
     device = torch.device(settings.device)
     model = GPT(GPTConfig(layers=layers, width=settings.width, context=settings.context)).to(device)
     tokens = torch.randint(GPTConfig.vocabulary, (settings.batch, settings.context), device=device)
-    coder = fewbit_fx.backend(recipe=settings.recipe, bits=settings.bits, strict=True)
+    chosen = backend_of(backend, recipe=settings.recipe, bits=settings.bits, strict=True)
     warm_up_the_compiler(device)
-    compiled = torch.compile(model, backend=coder if backend == "fewbit" else backend, dynamic=False)
+    compiled = torch.compile(model, backend=chosen, dynamic=False)
     # One call of the clock, without compare: a model is cold once in a process, so turns are processes (_turns).
     compile_s = clock_for(device)(lambda: compiled(tokens, tokens).backward(), 1)
-    report = coder.last_report()  # of nothing under inductor
-    coded = sum(not site.is_exact for site in report.sites)
-    return Compilation(backend, layers, compile_s, sum((g.pass_seconds for g in report.graphs), 0.0), coded)
+    graphs = chosen.last_report().graphs if isinstance(chosen, FewBitBackend) else []
+    coded = sum(not site.is_exact for graph in graphs for site in graph.sites)
+    return Compilation(backend, layers, compile_s, sum((graph.pass_seconds for graph in graphs), 0.0), coded)
 
 
 def compile_in_fresh_process(settings: Settings, backend: str, layers: int) -> Compilation:
@@ -144,26 +146,28 @@ def compile_in_fresh_process(settings: Settings, backend: str, layers: int) -> C
 
 
 def summarise(found: Sequence[Compilation]) -> list[Row]:
-    """A row for each number of layers that both backends have compiled, the smallest first."""
+    """A row for each number of layers that all backends have compiled, the smallest first."""
     rows = []
     for layers in sorted({c.layers for c in found}):
-        plain, fewbit = ([c for c in found if (c.layers, c.backend) == (layers, name)] for name in BACKENDS)
-        if plain and fewbit:
-            rows.append(_row(layers, plain, fewbit))
+        of_backend = {name: [c for c in found if (c.layers, c.backend) == (layers, name)] for name in BACKENDS}
+        if all(of_backend.values()):
+            rows.append(_row(layers, of_backend))
     return rows
 
 
-def _row(layers: int, plain: Sequence[Compilation], fewbit: Sequence[Compilation]) -> Row:
-    inductor_s, fewbit_s = (statistics.median(c.compile_s for c in found) for found in (plain, fewbit))
-    pass_s = statistics.median(c.pass_s for c in fewbit)
+def _row(layers: int, found: Mapping[str, Sequence[Compilation]]) -> Row:
+    seconds = {name: statistics.median(c.compile_s for c in of_backend) for name, of_backend in found.items()}
+    pass_s = statistics.median(c.pass_s for c in found[FEWBIT])
     return Row(
         layers,
-        repeats=min(len(plain), len(fewbit)),
-        inductor_s=inductor_s,
-        fewbit_s=fewbit_s,
-        ratio=fewbit_s / inductor_s,
+        repeats=min(map(len, found.values())),
+        inductor_s=seconds[INDUCTOR],
+        budget_s=seconds[BUDGETED],
+        fewbit_s=seconds[FEWBIT],
+        budget_ratio=seconds[BUDGETED] / seconds[INDUCTOR],
+        ratio=seconds[FEWBIT] / seconds[INDUCTOR],
         pass_s=pass_s,
-        share=pass_s / inductor_s,
+        share=pass_s / seconds[INDUCTOR],
         pass_s_per_layer=pass_s / layers,
     )
 
@@ -249,9 +253,7 @@ def _table(rows: Sequence[Row]) -> Table:
     for heading in (
         "layers",
         "medians of",
-        "inductor",
-        "fewbit",
-        "ratio",
+        *TITLES.values(),
         "fewbit's passes",
         "of inductor's",
         "per layer",
@@ -262,8 +264,8 @@ def _table(rows: Sequence[Row]) -> Table:
             str(row.layers),
             str(row.repeats),
             f"{row.inductor_s:.1f} s",
-            f"{row.fewbit_s:.1f} s",
-            f"{row.ratio:.2f}",
+            f"{row.budget_s:.1f} s (x {row.budget_ratio:.2f})",
+            f"{row.fewbit_s:.1f} s (x {row.ratio:.2f})",
             f"{row.pass_s:.2f} s",
             f"{row.share:.1%}",
             f"{1e3 * row.pass_s_per_layer:.0f} ms",

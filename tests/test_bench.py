@@ -360,7 +360,11 @@ def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = run("compile_time", "--layers 1 --repeats 1 --batch 1 --bits 1", tmp_path)
     (row,) = data["rows"]
     assert data["growths"] == []
-    assert [(c["backend"], c["coded"]) for c in data["compilations"]] == [("inductor", 0), ("fewbit", 7)]
+    assert [(c["backend"], c["coded"]) for c in data["compilations"]] == [
+        ("inductor", 0),
+        ("budget_0.9", 0),
+        ("fewbit", 7),
+    ]
     assert row["layers"] == 1
     assert 0 < row["pass_s"] < row["fewbit_s"]
     assert row["share"] == row["pass_s"] / row["inductor_s"]
@@ -368,20 +372,28 @@ def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compilations_alternate_and_large_models_are_compiled_once() -> None:
     turns = [(layers, backend[0]) for layers, backend in compile_time._turns(None, [48, 2])]
-    assert turns == [(2, "i"), (2, "f"), (48, "i"), (48, "f"), (2, "f"), (2, "i"), (2, "i"), (2, "f")]
-    assert len(compile_time._turns(5, [48, 2])) == 20
+    assert [layers for layers, _ in turns] == [2, 2, 2, 48, 48, 48, *[2] * 6]
+    assert "".join(backend for _, backend in turns) == "ibf" + "ibf" + "fbi" + "ibf"
+    assert len(compile_time._turns(5, [48, 2])) == 30
 
 
 def test_growth_of_the_passes() -> None:
     found = [
         Compilation(backend, layers, 10.0 * layers, passes * layers**1.5, 0)
         for layers in (48, 2, 12)
-        for backend, passes in (("inductor", 0.0), ("fewbit", 1.0), ("fewbit", 3.0), ("fewbit", 1.0))
+        for backend, passes in (
+            ("inductor", 0.0),
+            ("budget_0.9", 0.0),
+            ("fewbit", 1.0),
+            ("fewbit", 3.0),
+            ("fewbit", 1.0),
+        )
     ]
     rows = compile_time.summarise(found)
     assert [(row.layers, row.repeats) for row in rows] == [(2, 1), (12, 1), (48, 1)]
     assert rows[1].pass_s == rows[1].pass_s_per_layer * 12 == 12**1.5
     assert rows[1].share == pytest.approx(12**1.5 / 120)
+    assert (rows[1].budget_s, rows[1].budget_ratio, rows[1].ratio) == (120, 1, 1)
     growths = compile_time.growths(rows)
     assert [(g.layers, g.more_layers) for g in growths] == [(2, 12), (12, 48), (2, 48)]
     assert [g.exponent for g in growths] == pytest.approx([1.5, 1.5, 1.5])
