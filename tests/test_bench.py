@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import fewbit_fx
-from bench import bias, block, comparison, compile_time, convergence, demo, measure, operator, step
+from bench import bias, block, comparison, compile_time, convergence, demo, measure, operator, saved, step
+from bench.architectures import Architecture, Example
 from bench.backends import BACKENDS, BUDGETED, FEWBIT, INDUCTOR, backend_of, saved_bytes_within_budget
 from bench.compile_time import Compilation
 from bench.language_models import LANGUAGE_MODELS, language_model
@@ -23,7 +24,7 @@ from bench.training import Batch, Runner
 from fewbit_fx import FewBitConfig
 from fewbit_fx.reporting.words import action
 
-COMMANDS = (demo, operator, block, step, compile_time, convergence, bias)
+COMMANDS = (demo, operator, block, step, compile_time, convergence, bias, saved)
 MAINS = {command.__name__.removeprefix("bench."): command.main for command in COMMANDS}
 
 
@@ -343,6 +344,27 @@ def test_step_of_vit() -> None:
     (gelu,) = (site for site in report.sites if site.function == "gelu")
     assert (gelu.shape, action(gelu)) == ((2, step.IMAGE_TOKENS, 4 * 256), "coded in 3 bits")
     assert not [site for site in report.sites if site.function == "dropout"]
+
+
+def test_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> Example:
+        layers = (torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64), torch.nn.LayerNorm(64))
+        inputs = {"input": torch.randn(128, 64)}
+        return Example(torch.nn.Sequential(*layers), inputs, lambda y: y.float().pow(4).mean())
+
+    monkeypatch.setattr(saved, "architectures", lambda: [Architecture("MLP", "other", build)])
+    (row,) = run("saved", "--only MLP", tmp_path)["rows"]
+    exact, default, lean = (row["recipes"][name] for name in saved.RECIPES)
+    assert exact["saved_bytes"] > default["saved_bytes"] > lean["saved_bytes"] > 0
+    assert row["inductor_bytes"] >= row["budget_bytes"] >= exact["saved_bytes"]
+    assert exact["gradient_error"] == exact["codes_error"] == 0
+    assert 0 < default["codes_error"] < lean["codes_error"] < 0.05
+    assert default["codes_error"] < default["gradient_error"] < 0.05, "rounded otherwise as well"
+    assert all(case["loss_identical"] for case in row["recipes"].values())
+    assert (
+        run("saved", "--only MLP --dtype float32", tmp_path)["rows"][0]["recipes"]["lean"]["codes_error"]
+        == (lean["codes_error"])
+    )
 
 
 @pytest.mark.slow
