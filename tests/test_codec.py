@@ -135,6 +135,7 @@ def codes(x: Tensor, thresholds: Thresholds) -> Tensor:
     return sum(b.long() << i for i, b in enumerate(reversed(booleans)))  # type: ignore[return-value]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -58,6 +58,7 @@ def expected_gradient(name: str, x: Tensor, direction: Tensor, bits: int = 3) ->
     return (direction.to(factor.dtype) * factor).to(x.dtype)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("eager_kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -327,6 +328,7 @@ def test_within_torch_compile_with_dynamic_shapes() -> None:
     assert close_to_oracle([found], [expected])
 
 
+@pytest.mark.slow
 def test_the_backend_leaves_their_codes_as_they_are() -> None:
     model, records = network(), []
     config = fewbit_fx.FewBitConfig(min_numel=0, strict=True)

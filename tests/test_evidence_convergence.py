@@ -176,6 +176,7 @@ def check_two_steps() -> None:
     assert (coded["tokens_per_step"], coded["unit"]) == (64, "images")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("perceptron")
 def test_two_steps_of_a_training() -> None:
     check_two_steps()
