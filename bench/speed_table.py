@@ -96,7 +96,7 @@ def _steps(file: File) -> Iterator[Ratio]:
 def _compilations(file: File) -> Iterator[Ratio]:
     recipe = _recipe(file.data["settings"])
     for row in file.data["rows"]:
-        details = f"{row['pass_s']:.1f} s of it in fewbit's passes"
+        details = f"{100 * row['pass_s'] / row['fewbit_s']:.0f} % of it in fewbit's passes"
         if "budget_ratio" in row:
             details = f"{row['budget_ratio']:.2f} with {TITLES[BUDGETED]}; {details}"
         yield Ratio(f"cold compilation, {row['layers']} layers{recipe}", "float32", row["ratio"], file, details)
