@@ -20,18 +20,20 @@ SHOWN = (
     "ResNet-50",
 )
 _RECIPES = ("exact", "default", "lean")
+_ADAPTED = f", LoRA on attention{FLOAT32_ADAPTERS}"
 
 
 def lines(files: Sequence[File]) -> Iterator[str]:
     """A row for each architecture shown, and one for the mean of all transformers and of those with adapters."""
     (file,) = files
     rows = {row["name"]: row for row in file.data["rows"]}
-    transformers = [row for row in rows.values() if row["group"] == "transformer"]
+    groups = {
+        " transformers": [row for row in rows.values() if row["group"] == "transformer"],
+        _ADAPTED: [row for row in rows.values() if row["name"].endswith(_ADAPTED)],
+    }
     head = ("saved for backward", "inductor", "budget 0.9", *(f'recipe "{name}"' for name in _RECIPES))
     body = [[name, *_cells(rows[name])] for name in SHOWN if name in rows]
-    adapted = [row for row in rows.values() if row["name"].endswith(f"LoRA on attention{FLOAT32_ADAPTERS}")]
-    body.append([f"mean of {len(transformers)} transformers", *_means(transformers)])
-    body.append([f"mean of {len(adapted)}, LoRA on attention{FLOAT32_ADAPTERS}", *_means(adapted)])
+    body += [[f"mean of {len(group)}{what}", *_means(group)] for what, group in groups.items() if group]
     yield from markdown(head, *body)
     error = "In brackets the error of the first gradient by codes alone, which is that in float32."
     yield f"\n<sub>{measured_with(files)}; {file.setting('dtype')}. {error}</sub>"

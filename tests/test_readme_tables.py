@@ -219,6 +219,19 @@ def test_blocks_steps_and_compilations_have_rows(tmp_path: Path) -> None:
     ]
 
 
+def test_saved_bytes_of_one_model_alone_have_the_means_that_there_are(tmp_path: Path) -> None:
+    """As ``--only`` makes them."""
+    recipes = {name: {"saved_bytes": 2**20, "codes_error": 0.01} for name in ("exact", "default", "lean")}
+    sizes = {"inductor_bytes": 2 * 2**20, "budget_bytes": 2**20, "recipes": recipes}
+    write(tmp_path, "saved_cpu", {**NEW, "settings": "dtype bfloat16"}, rows=[sizes | {"name": "X", "group": "other"}])
+    assert len(table(tmp_path, "saved")) == 3, "a head, no row that is shown, and the conditions"
+    of_vit = sizes | {"name": "ViT", "group": "transformer"}
+    write(tmp_path, "saved_cpu", {**NEW, "settings": "dtype bfloat16"}, rows=[of_vit])
+    _, _, row, mean, _ = table(tmp_path, "saved")
+    assert row == "| ViT | 2.0 MiB | -50 % | -50 % (1.0 %) | -50 % (1.0 %) | -50 % (1.0 %) |"
+    assert mean == "| mean of 1 transformers |  | -50 % | -50 % | -50 % | -50 % |"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
