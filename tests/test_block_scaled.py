@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.offline_triton import gpu_layout
 from fewbit_fx.codec.block_scaled import block_layout, decode_values, encode_values, scale_nbytes
-from fewbit_fx.codec.shares import DIGITS, shares_of
+from fewbit_fx.codec.shares import DIGITS, random_shares_of, shares_of
 from fewbit_fx.config import MIN_VALUE_BITS
 from fewbit_fx.passes.representations.value_codes import SHARES_ERROR, STOCHASTIC_SHARES_ERROR
 
@@ -154,11 +154,35 @@ def test_shares_are_off_by_a_part_of_themselves(bits: int, at_random: bool) -> N
     rows = (torch.randn(4097, 1024) * 5).softmax(-1)
     x = torch.cat([rows, torch.linspace(0.5, 1, 4097).unsqueeze(-1).expand(-1, 32)], -1)
     decoded = decoded_shares(x, bits, torch.tensor(7) if at_random else None)
-    step, least = 2.0 ** -DIGITS[bits], 1.01 * shares_of(torch.tensor(2.0 ** (bits - 1) - 2), bits)
+    step, last = 2.0 ** -DIGITS[bits], torch.tensor(2.0 ** (bits - 1) - 2)
+    no_offset = torch.zeros((), dtype=torch.int32)
+    least = 1.01 * (random_shares_of(last, bits) if at_random else shares_of(last, bits, no_offset))
     largest = x.view(4097, -1, 32).amax(-1, keepdim=True).expand(-1, -1, 32).reshape(x.shape)
     bound = torch.maximum(x * step * (1 if at_random else 0.5), largest * least)
     assert ((decoded - x).abs() <= bound + x * 2**-7).all()  # a little for the scale's rounding
     assert (decoded >= 0).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@settings(deadline=None, max_examples=20)
+@given(share=st.floats(0.51, 0.99))
+def test_shares_that_are_alike_are_right_on_average(bits: int, share: float) -> None:
+    """As the probability of a class that a model predicts alike for every token, whatever it is.
+
+    Its error is evenly spread over a step. What of it goes beyond 1, where steps are twice as wide, counts twice, and
+    what goes below 1/2, half.
+    """
+    blocks = 4096
+    x = torch.full((blocks, 32), share)
+    x[:, 7] = 1
+    decoded = decoded_shares(x, bits).double()
+    ratio, step = share * (1 + 2**-8), 2.0 ** -(DIGITS[bits] + 1)
+    beyond, below = (max(0.5 - distance / step, 0) for distance in (1 - ratio, ratio - 0.5))
+    expected = ratio + step * (beyond**2 / 2 + below**2 / 4)
+    scatter = 2 * step / math.sqrt(12 * blocks)  # of the mean, at most: the standard deviation of even numbers, twice
+    for lane in (0, 31):
+        assert decoded[:, lane].mean() * (1 + 2**-8) == pytest.approx(expected, abs=5 * scatter)
+    assert torch.equal(decoded[:, 7], decoded[:1, 7].expand(blocks))
 
 
 @pytest.mark.parametrize("bits", BITS)

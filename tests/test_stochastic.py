@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import fewbit_fx
 from fewbit_fx.codec.bitplanes import plane_layout
 from fewbit_fx.codec.block_scaled import block_layout, decode_values, encode_values
-from fewbit_fx.codec.dither import rounding_seed, uniform
+from fewbit_fx.codec.dither import fixed, rounding_seed, uniform
 from fewbit_fx.codec.scheme import stochastic_scheme
-from fewbit_fx.codec.shares import shares_of
+from fewbit_fx.codec.shares import random_shares_of
 from fewbit_fx.codec.stochastic_levels import StochasticScheme
 from fewbit_fx.config import FewBitConfig
 from fewbit_fx.passes.representations.value_codes import STOCHASTIC_ERROR
@@ -87,6 +87,21 @@ def test_numbers_are_uniform_and_independent() -> None:
         assert correlation.abs() < 5 / math.sqrt(a.numel())
 
 
+def test_numbers_of_places_are_uniform_and_those_of_blocks_independent() -> None:
+    """Also of every so many blocks, as are those of one class in the logits of many tokens."""
+    blocks = 2**16
+    numbers = fixed(torch.empty(blocks, 32))
+    assert torch.equal(numbers, fixed(torch.empty(16, 4096, 32)).view(blocks, 32))
+    assert torch.equal(numbers[100:], fixed(torch.empty(blocks - 100, 32), before=100))
+    assert 0 <= numbers.min() <= numbers.max() < 2**16
+    for each in (numbers[:, 0], numbers[:, 31], fixed(torch.empty(blocks, 32), before=2**30)[:, 5]):
+        counts, expected = torch.histc(each.float(), 64, 0, 2**16), blocks / 64
+        assert ((counts - expected).square() / expected).sum() < 63 + 5 * math.sqrt(2 * 63)  # chi-squared
+    turns = torch.polar(torch.ones(blocks), numbers[:, 0] * (2 * math.pi / 2**16))
+    for stride in range(1, 257):  # one in a million means of 256 directions is longer than this: exp(-14)
+        assert turns[: 256 * stride : stride].mean().abs() < math.sqrt(14 / 256)
+
+
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -103,7 +118,8 @@ def test_decoded_values_are_right_on_average(bits: int, shares: bool) -> None:
     scale = codes[-1].double().reshape(-1).repeat_interleave(32).view(x.shape)
     if shares:
         unit = scale / (1 - 2**-8) ** 2
-        levels = torch.cat([shares_of(torch.arange(2.0**bits - 1) - 2.0 ** (bits - 1), bits).double(), torch.zeros(1)])
+        levels = random_shares_of(torch.arange(2.0**bits - 1) - 2.0 ** (bits - 1), bits).double()
+        levels = torch.cat([levels, torch.zeros(1)])
         place = (x.double() / unit).clamp_max(1)
         i = (levels.flip(0) <= place.unsqueeze(-1)).sum(-1) - 1
         below, above = levels.flip(0)[i], levels.flip(0)[(i + 1).clamp_max(len(levels) - 1)]

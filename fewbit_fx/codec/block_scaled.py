@@ -21,7 +21,7 @@ With stochastic rounding, intervals are equally wide at all bits. Magnitudes are
 interval, or to 0, at random, such that the mean over all seeds is x: c is a little smaller, so that nothing lies beyond
 the last middle. Small numbers may then become 0.
 
-Shares of a whole, such as probabilities, have levels of their own (``shares``), of c x / s.
+Shares of a whole, such as probabilities, have levels and a rounding of their own (``shares``), of c x / s.
 
 Zeros and, if rounded to the nearest, signs of all else are exact: whatever compares x with 0 in the backward decides as
 in the forward. (A number 1e35 times smaller than its block's largest may lose its sign.) In a block with an infinity,
@@ -31,15 +31,16 @@ all is infinite but zeros: a mask of 0 and -inf is exact. In a block with NaN, a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fewbit_fx.codec.bitplanes import WORD_BITS, PlaneLayout, arranged, plane_layout
-from fewbit_fx.codec.dither import uniform
+from fewbit_fx.codec.dither import fixed, uniform
 from fewbit_fx.codec.packing import blocks_per_group, pack, packs_bytes, tensors_of_codes, unpack
-from fewbit_fx.codec.shares import share_codes, shares_of
+from fewbit_fx.codec.shares import random_share_codes, random_shares_of, share_codes, shares_of
 from fewbit_fx.torch_private.inductor import keeps_rounding
 
 SCALE_DTYPE = torch.bfloat16
@@ -48,7 +49,8 @@ _EVEN_BITS = 7  # from which on levels are equally far apart: as good then, and 
 _BEND = 0.4  # a of the module's text
 _SHRINK = 1 - 2**-8  # s / m: the largest numbers of float32 are above those of bfloat16
 _BENT_REACH = 0.985 * _SHRINK  # c where intervals differ: what it is of m
-_SHARE_REACH = _SHRINK * (1 - 2**-8)  # c for shares: the largest one is 1, whatever way the scale was rounded
+_SHARE_REACH = _SHRINK * (1 + 2**-8)  # c for shares: the largest is from 1 to 1 + 2^-7, however the scale was rounded
+_STOCHASTIC_SHARE_REACH = _SHRINK * (1 - 2**-8)  # the same if they are rounded at random: it is at most 1
 _EDGE = 0.25  # by how much less than L intervals the largest element is from 0 where they are equally wide
 _LEAST_SCALE = 1e-30  # blocks of smaller numbers are stored as if this were their scale: 1 / s stays finite
 _MOST_SCALE = torch.finfo(SCALE_DTYPE).max  # in place of an infinite scale where 1 / s is computed
@@ -70,30 +72,31 @@ def encode_values(
         For each part of the layout the packed codes (``packing``), and then the scales, bfloat16 of shape
         (..., blocks of a group, 1).
     """
-    saved = []
+    saved = list[Tensor]()
+    before = 0
     for part in layout.split(x):
         wide = _in_blocks(part).to(torch.float32)
         exact = (wide.abs().amax(-1, keepdim=True) * _SHRINK).clamp_min(_LEAST_SCALE)
         scale = exact.to(SCALE_DTYPE)
         divisor = _widened(scale, exact).clamp_max(_MOST_SCALE)
-        dither = None if seed is None else _in_blocks(uniform(seed, x, part))
-        saved += [*pack(_codes(wide, divisor, bits, shares, dither), bits), scale]
+        if seed is None:
+            codes = _share(wide, divisor, bits, fixed(wide, before)) if shares else _interval(wide, divisor, bits)
+        else:
+            dither = _in_blocks(uniform(seed, x, part))
+            codes = (_random_share if shares else _stochastic)(wide, divisor, bits, dither)
+        saved += [*pack(codes, bits), scale]
+        before += math.prod(scale.shape)
     return saved
 
 
-def _codes(blocks: Tensor, scale: Tensor, bits: int, shares: bool, dither: Tensor | None) -> Tensor:
-    """The codes of all elements.
+def _share(blocks: Tensor, scale: Tensor, bits: int, offsets: Tensor) -> Tensor:
+    found = share_codes(blocks * (_SHARE_REACH / scale), bits, offsets)
+    return torch.where(blocks == 0, _zero(bits), found)
 
-    Args:
-        blocks: The elements.
-        scale: Of each block.
-        bits: Bits per element.
-        shares: Whether they are shares of a whole.
-        dither: To round at random, a number from 0 to 1 for each element; None to round to the nearest.
-    """
-    if shares:
-        return torch.where(blocks == 0, _zero(bits), share_codes(blocks * (_SHARE_REACH / scale), bits, dither))
-    return _interval(blocks, scale, bits) if dither is None else _stochastic(blocks, scale, bits, dither)
+
+def _random_share(blocks: Tensor, scale: Tensor, bits: int, dither: Tensor) -> Tensor:
+    found = random_share_codes(blocks * (_STOCHASTIC_SHARE_REACH / scale), bits, dither)
+    return torch.where(blocks == 0, _zero(bits), found)
 
 
 def _widened(scale: Tensor, exact: Tensor) -> Tensor:
@@ -165,15 +168,25 @@ def decode_values(
         Tensor of that shape and dtype.
     """
     values = functools.partial(_values, bits=bits, dtype=like.dtype, stochastic=stochastic, shares=shares)
+    dithered = shares and not stochastic
     if not packs_bytes(like.device):
-        return arranged(_element_by_element(saved, values, bits, layout, like), layout.order)
-    each = saved_per_part(bits)
-    parts = [saved[i : i + each] for i in range(0, len(saved), each)]
-    return layout.join([values(unpack(codes, bits), scale) for *codes, scale in parts], like)
+        return arranged(_element_by_element(saved, values, bits, dithered, layout, like), layout.order)
+    each, before, parts = saved_per_part(bits), 0, []
+    for i in range(0, len(saved), each):
+        *codes, scale = saved[i : i + each]
+        offsets = fixed(_for_each(scale), before) if dithered else None
+        parts.append(values(unpack(codes, bits), scale, offsets))
+        before += math.prod(scale.shape)
+    return layout.join(parts, like)
 
 
 def _element_by_element(
-    saved: Sequence[Tensor], values: Callable[[Tensor, Tensor], Tensor], bits: int, layout: PlaneLayout, like: Tensor
+    saved: Sequence[Tensor],
+    values: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    bits: int,
+    dithered: bool,
+    layout: PlaneLayout,
+    like: Tensor,
 ) -> Tensor:
     """All that is computed, in the dimensions of the elements: Inductor fuses only kernels that go through the same.
 
@@ -184,16 +197,31 @@ def _element_by_element(
         return layout.in_memory([blocks], like)
 
     *codes, scale = saved
-    return values(unpack(codes, bits, placed), placed(scale.expand(*scale.shape[:-1], WORD_BITS)))
+    each = _for_each(scale)
+    return values(unpack(codes, bits, placed), placed(each), placed(fixed(each)) if dithered else None)
 
 
-def _values(code: Tensor, scale: Tensor, *, bits: int, dtype: torch.dtype, stochastic: bool, shares: bool) -> Tensor:
-    """What codes stand for, with the scales of their blocks."""
+def _for_each(scale: Tensor) -> Tensor:
+    """The scale of a block for each of its elements."""
+    return scale.expand(*scale.shape[:-1], WORD_BITS)
+
+
+def _values(
+    code: Tensor,
+    scale: Tensor,
+    offsets: Tensor | None,
+    *,
+    bits: int,
+    dtype: torch.dtype,
+    stochastic: bool,
+    shares: bool,
+) -> Tensor:
+    """What codes stand for, with the scales of their blocks and, where shares were dithered, what by."""
     unit = scale.to(torch.float32)
     if shares:
-        return _within(
-            torch.where(code == _zero(bits), 0.0, shares_of(code, bits) * (unit / _SHARE_REACH)), unit, dtype
-        )
+        each = random_shares_of(code, bits) if offsets is None else shares_of(code, bits, offsets)
+        reach = _STOCHASTIC_SHARE_REACH if offsets is None else _SHARE_REACH
+        return _within(torch.where(code == _zero(bits), 0.0, each * (unit / reach)), unit, dtype)
     if stochastic:
         place = torch.where(code == _zero(bits), 0.0, code + 0.5)
         return _within(place / _stochastic_reach(bits) * unit, unit, dtype)

@@ -1,14 +1,16 @@
-"""Uniform numbers for stochastic rounding, made without a random number generator.
+"""Uniform numbers to round by, made without a random number generator.
 
-A number is a hash of a seed and of the place of its element, so that the forward's dropout draws what it draws without
-fewbit. The seed is made anew in each step and for each tensor, of two parts: one of torch.manual_seed and of the rank,
-read when the compiled code runs, and one of the tensor itself, the bits of 256 of its elements. So the same seed and
-the same data give the same codes, also where a step is computed again; steps, tensors and ranks differ, also where a
-CUDA graph is replayed.
+A number is a hash of the place of its element and, for stochastic rounding, of a seed, so that the forward's dropout
+draws what it draws without fewbit. The seed is made anew in each step and for each tensor, of two parts: one of
+torch.manual_seed and of the rank, read when the compiled code runs, and one of the tensor itself, the bits of 256 of
+its elements. So the same seed and the same data give the same codes, also where a step is computed again; steps,
+tensors and ranks differ, also where a CUDA graph is replayed.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from itertools import cycle
 
 import torch
@@ -21,6 +23,9 @@ _WORD = 2**32 - 1
 # Below 2^31, so that a word times one of them is less than 2^63. The last two are after the hash "lowbias32".
 _PLACES = (0x1E3779B1, 0x2545F491, 0x3C6EF372 | 1, 0x5851F42D, 0x4F1BBCDD, 0x6C078965)
 _FIRST, _SECOND = 0x7FEB352D, 0x046CA68B
+_HALF = 2**16 - 1
+_OF_LOW, _OF_HIGH, _OF_BOTH = 0x722F, 0x7C25, 0x7D59  # below 2^15: half a word times one of them is less than 2^31
+_GOLDEN = 40503  # 2^16 over the golden ratio, of which multiples are spread evenly
 
 
 @torch.library.custom_op("fewbit_fx::rounding_seed", mutates_args=())
@@ -54,6 +59,27 @@ def uniform(seed: Tensor, x: Tensor, like: Tensor) -> Tensor:
     for size, step, d in zip(like.shape, cycle(_PLACES), range(like.dim())):
         place = place + (torch.arange(size, device=x.device) * step).view(-1, *[1] * (like.dim() - 1 - d))
     return (_hash(place & _WORD) >> 8).to(torch.float32) * 2.0**-24
+
+
+def fixed(blocks: Tensor, before: int = 0) -> Tensor:
+    """Numbers from 0 to 2^16, that excluded, which are the same in the forward and the backward: they need no seed.
+
+    Numbers of blocks are independent, as far as one sees. Those of a block's elements are evenly spread. All is done in
+    int32, of which a decode can have many: it computes them for each element.
+
+    Args:
+        blocks: Of shape (..., blocks, elements of a block); only shape and device are read.
+        before: How many blocks of the same tensor are before these.
+
+    Returns:
+        int32 of that shape.
+    """
+    *outer, inner = blocks.shape
+    arange = functools.partial(torch.arange, dtype=torch.int32, device=blocks.device)
+    number = arange(before, before + math.prod(outer)).view(*outer, 1)
+    word = ((number & _HALF) * _OF_LOW) ^ ((number >> 16) * _OF_HIGH)
+    word = ((word ^ (word >> 12)) & _HALF) * _OF_BOTH
+    return (((word ^ (word >> 13)) >> 3) + arange(inner) * _GOLDEN) & _HALF
 
 
 def _of_data(x: Tensor) -> Tensor:

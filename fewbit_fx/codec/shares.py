@@ -10,6 +10,12 @@ largest share downwards, and 0:
 with r the ratio to that share, and k from 0 to 2^b - 2; 2^b - 1 stands for 0, and for what is smaller. m is b - 4 for 6
 bits and more, which reach down to 2^-16: a share is off by 1.2 % with 8 bits, 4.7 % with 6, whatever its size. Fewer
 bits reach down to 2^-8 and 2^-7. It is a matter of shifts and adds of integers, the same bits on every device.
+
+Shares that are alike would all be rounded the same way: of a language model that has just begun, the probability of a
+class is much the same for every token. So rounding is dithered, by a number that follows from the element's place
+(``dither.fixed``): it is added before bits are rounded down, and taken off when they are decoded. Whatever the share,
+its error is then as likely to be any of those that rounding to the nearest can have. Codes start at 1 then, for 0 is
+that of the largest, which is as exact as the scale.
 """
 
 from __future__ import annotations
@@ -23,38 +29,78 @@ DIGITS = {2: 0, 3: 0, 4: 1, 5: 2, 6: 2, 7: 3, 8: 4}
 """m, by bits: the best for rows of normal logits, of standard deviations from 0.5 to 8."""
 _MANTISSA = 23  # digits that float32 has
 _ONE = 127  # its exponent field for numbers from 1 to 2
+_BITS_OF_LARGEST = (_ONE << _MANTISSA) + (1 << (_MANTISSA - 8))  # of 1 + 2^-8
 
 
-def share_codes(ratios: Tensor, bits: int, dither: Tensor | None = None) -> Tensor:
+def share_codes(ratios: Tensor, bits: int, offsets: Tensor) -> Tensor:
     """The codes of numbers from 0 to 1.
 
     Args:
-        ratios: float32 of any shape. What is above 1, and NaN, has the code of 1.
+        ratios: float32 of any shape. All from 1 to 1 + 2^-7 is taken for 1 + 2^-8, and so is what is above, and NaN.
         bits: Bits of a code, 2 to 8.
-        dither: A number from 0 to 1 for each, to round at random, so that the mean is right; None for the nearest.
+        offsets: Of the same shape, ``dither.fixed``.
 
     Returns:
         Whole numbers from -2^(b-1) to 2^(b-1) - 1, float32 of the same shape.
     """
-    digits, of_zero = DIGITS[bits], 2**bits - 1
-    unit = 1 << (_MANTISSA - digits)
-    exact = ratios.abs().view(torch.int32).clamp_max(_ONE << _MANTISSA)
-    rest = unit // 2 if dither is None else (dither * unit).to(torch.int32)
-    below_one = ((_ONE << digits) - ((exact + rest) >> (_MANTISSA - digits))).clamp_max(of_zero)
-    if dither is not None:
-        least = _least(bits)
-        up = torch.where(dither * least < ratios, of_zero - 1, of_zero)
-        below_one = torch.where(ratios < least, up.to(torch.int32), below_one)
-    codes: Tensor = below_one.to(torch.float32) - 2.0 ** (bits - 1)
-    return codes
+    others = _steps_down(ratios, bits, _shifted(offsets, bits)) + 1
+    return _code(torch.where(ratios < 1, others, 0), bits)
 
 
-def shares_of(codes: Tensor, bits: int) -> Tensor:
-    """The numbers that the codes of :func:`share_codes` stand for, float32 of their shape; that of 0 is not defined."""
+def random_share_codes(ratios: Tensor, bits: int, dither: Tensor) -> Tensor:
+    """The codes of numbers from 0 to 1, at random, so that the mean of what they stand for is right.
+
+    Args:
+        ratios: float32 of any shape. What is above 1, and NaN, has the code of 1.
+        bits: Bits of a code, 2 to 8.
+        dither: A number from 0 to 1 for each.
+    """
+    near = _steps_down(ratios, bits, (dither * _unit(bits)).to(torch.int32))
+    least, of_zero = _least(bits), 2**bits - 1
+    small = torch.where(dither * least < ratios, of_zero - 1, of_zero)
+    return _code(torch.where(ratios < least, small.to(torch.int32), near), bits)
+
+
+def _steps_down(ratios: Tensor, bits: int, rest: Tensor) -> Tensor:
+    """How many levels of m digits below 1, int32: ``rest`` is added to the bits, which are rounded down then."""
     digits = DIGITS[bits]
-    below_one = codes.to(torch.int32) + 2 ** (bits - 1)
-    bits_of_levels: Tensor = ((_ONE << digits) - below_one) << (_MANTISSA - digits)
-    return bits_of_levels.view(torch.float32)
+    exact = ratios.abs().view(torch.int32).clamp_max(_ONE << _MANTISSA)
+    return (_ONE << digits) - ((exact + rest) >> (_MANTISSA - digits))
+
+
+def _code(number: Tensor, bits: int) -> Tensor:
+    """k of the module's text as a code."""
+    code: Tensor = number.clamp_max(2**bits - 1).to(torch.float32) - 2.0 ** (bits - 1)
+    return code
+
+
+def shares_of(codes: Tensor, bits: int, offsets: Tensor) -> Tensor:
+    """The numbers that the codes of :func:`share_codes` stand for, float32 of their shape; that of 0 is not defined."""
+    middle = _unit(bits) // 2 - _shifted(offsets, bits)
+    others = _level(codes - 1, bits) + middle
+    return torch.where(codes == -(2.0 ** (bits - 1)), _BITS_OF_LARGEST, others).view(torch.float32)
+
+
+def random_shares_of(codes: Tensor, bits: int) -> Tensor:
+    """The same of :func:`random_share_codes`."""
+    return _level(codes, bits).view(torch.float32)
+
+
+def _level(codes: Tensor, bits: int) -> Tensor:
+    """The bits of the levels of :func:`_steps_down`, int32."""
+    digits = DIGITS[bits]
+    level: Tensor = ((_ONE << digits) - 2 ** (bits - 1) - codes.to(torch.int32)) << (_MANTISSA - digits)
+    return level
+
+
+def _unit(bits: int) -> int:
+    """How far apart the bits of levels are."""
+    return 1 << (_MANTISSA - DIGITS[bits])
+
+
+def _shifted(offsets: Tensor, bits: int) -> Tensor:
+    """Numbers of 16 bits as parts of a unit."""
+    return offsets << (_MANTISSA - DIGITS[bits] - 16)
 
 
 def _least(bits: int) -> float:
