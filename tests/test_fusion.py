@@ -184,3 +184,26 @@ def test_a_softmax_with_codes_of_its_probabilities() -> None:
     assert [s.bits for s in fewbit.record.sites if s.form == "values"] == [8]
     assert len(fewbit.backward) == len(plain.backward)
     assert len(fewbit.forward) == len(plain.forward) + 1
+
+
+class Loss(nn.Module):
+    """Of classes of which a GPU's kernels go through in a loop."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(256, classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits, labels = self.head(x), torch.arange(len(x), device=x.device)
+        return F.cross_entropy(logits.float(), labels) * 2  # what it is itself shares memory with a view of it
+
+
+@pytest.mark.parametrize("classes", [32000, 50257])
+def test_decoded_probabilities_of_a_loss_are_not_written(classes: int) -> None:
+    """A decode of more than some thirty operations would be: float32 of all tokens and classes, the peak of a step."""
+    own = FewBitConfig(recipe="exact", recompute=False, strict=True)
+    plain, fewbit = (
+        generate(Loss(classes), (1024, 256), torch.bfloat16, c) for c in (own, own.updated({"softmax_bits": 8}))
+    )
+    assert [s.bits for s in fewbit.record.sites if s.form == "values"] == [8]
+    assert [k.stores for k in fewbit.backward] == [k.stores for k in plain.backward] == [1]

@@ -30,9 +30,9 @@ all is infinite but zeros: a mask of 0 and -inf is exact. In a block with NaN, a
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from torch import Tensor
 from fewbit_fx.codec.bitplanes import WORD_BITS, PlaneLayout, arranged, plane_layout
 from fewbit_fx.codec.dither import fixed, uniform
 from fewbit_fx.codec.packing import blocks_per_group, pack, packs_bytes, tensors_of_codes, unpack
-from fewbit_fx.codec.shares import random_share_codes, random_shares_of, share_codes, shares_of
+from fewbit_fx.codec.shares import random_share_codes, random_shares_of, share_codes, shares_of, unit_of
 from fewbit_fx.torch_private.inductor import keeps_rounding
 
 SCALE_DTYPE = torch.bfloat16
@@ -49,8 +49,8 @@ _EVEN_BITS = 7  # from which on levels are equally far apart: as good then, and 
 _BEND = 0.4  # a of the module's text
 _SHRINK = 1 - 2**-8  # s / m: the largest numbers of float32 are above those of bfloat16
 _BENT_REACH = 0.985 * _SHRINK  # c where intervals differ: what it is of m
-_SHARE_REACH = _SHRINK * (1 + 2**-8)  # c for shares: the largest is from 1 to 1 + 2^-7, however the scale was rounded
-_STOCHASTIC_SHARE_REACH = _SHRINK * (1 - 2**-8)  # the same if they are rounded at random: it is at most 1
+_STOCHASTIC_SHARE_REACH = _SHRINK * (1 - 2**-8)  # c for shares that are rounded at random: they are at most 1
+_NEAR_MOST = 1 - 2**-5  # of a dtype's largest: the scale is at most that, where levels are above it
 _EDGE = 0.25  # by how much less than L intervals the largest element is from 0 where they are equally wide
 _LEAST_SCALE = 1e-30  # blocks of smaller numbers are stored as if this were their scale: 1 / s stays finite
 _MOST_SCALE = torch.finfo(SCALE_DTYPE).max  # in place of an infinite scale where 1 / s is computed
@@ -77,10 +77,12 @@ def encode_values(
     for part in layout.split(x):
         wide = _in_blocks(part).to(torch.float32)
         exact = (wide.abs().amax(-1, keepdim=True) * _SHRINK).clamp_min(_LEAST_SCALE)
+        if shares or seed is not None:
+            exact = _limited(exact, x.dtype)
         scale = exact.to(SCALE_DTYPE)
         divisor = _widened(scale, exact).clamp_max(_MOST_SCALE)
         if seed is None:
-            codes = _share(wide, divisor, bits, fixed(wide, before)) if shares else _interval(wide, divisor, bits)
+            codes = _share(wide, divisor, bits, before) if shares else _interval(wide, divisor, bits)
         else:
             dither = _in_blocks(uniform(seed, x, part))
             codes = (_random_share if shares else _stochastic)(wide, divisor, bits, dither)
@@ -89,8 +91,13 @@ def encode_values(
     return saved
 
 
-def _share(blocks: Tensor, scale: Tensor, bits: int, offsets: Tensor) -> Tensor:
-    found = share_codes(blocks * (_SHARE_REACH / scale), bits, offsets)
+def _limited(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Such that no level is beyond what a dtype has, where the last one is above the largest element."""
+    return torch.where(scale < float("inf"), scale.clamp_max(torch.finfo(dtype).max * _NEAR_MOST), scale)
+
+
+def _share(blocks: Tensor, scale: Tensor, bits: int, before: int) -> Tensor:
+    found = share_codes(blocks * (1 / scale), bits, fixed(blocks, unit_of(bits), before))
     return torch.where(blocks == 0, _zero(bits), found)
 
 
@@ -167,27 +174,18 @@ def decode_values(
     Returns:
         Tensor of that shape and dtype.
     """
-    values = functools.partial(_values, bits=bits, dtype=like.dtype, stochastic=stochastic, shares=shares)
-    dithered = shares and not stochastic
+    form = _Form(bits, like.dtype, stochastic, shares)
     if not packs_bytes(like.device):
-        return arranged(_element_by_element(saved, values, bits, dithered, layout, like), layout.order)
-    each, before, parts = saved_per_part(bits), 0, []
+        return arranged(_element_by_element(saved, form, layout, like), layout.order)
+    each, before, parts = saved_per_part(bits), 0, list[Tensor]()
     for i in range(0, len(saved), each):
         *codes, scale = saved[i : i + each]
-        offsets = fixed(_for_each(scale), before) if dithered else None
-        parts.append(values(unpack(codes, bits), scale, offsets))
+        parts.append(form.values(unpack(codes, bits), scale, form.offsets(_for_each(scale), before)))
         before += math.prod(scale.shape)
     return layout.join(parts, like)
 
 
-def _element_by_element(
-    saved: Sequence[Tensor],
-    values: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    bits: int,
-    dithered: bool,
-    layout: PlaneLayout,
-    like: Tensor,
-) -> Tensor:
+def _element_by_element(saved: Sequence[Tensor], form: _Form, layout: PlaneLayout, like: Tensor) -> Tensor:
     """All that is computed, in the dimensions of the elements: Inductor fuses only kernels that go through the same.
 
     Where one that goes block by block is too long for what reads it to compute it again, it has a kernel of its own.
@@ -198,7 +196,9 @@ def _element_by_element(
 
     *codes, scale = saved
     each = _for_each(scale)
-    return values(unpack(codes, bits, placed), placed(each), placed(fixed(each)) if dithered else None)
+    offsets = form.offsets(each)
+    placed_offsets = None if offsets is None else placed(offsets)
+    return form.values(unpack(codes, form.bits, placed), placed(each), placed_offsets)
 
 
 def _for_each(scale: Tensor) -> Tensor:
@@ -206,33 +206,31 @@ def _for_each(scale: Tensor) -> Tensor:
     return scale.expand(*scale.shape[:-1], WORD_BITS)
 
 
-def _values(
-    code: Tensor,
-    scale: Tensor,
-    offsets: Tensor | None,
-    *,
-    bits: int,
-    dtype: torch.dtype,
-    stochastic: bool,
-    shares: bool,
-) -> Tensor:
-    """What codes stand for, with the scales of their blocks and, where shares were dithered, what by."""
-    unit = scale.to(torch.float32)
-    if shares:
-        each = random_shares_of(code, bits) if offsets is None else shares_of(code, bits, offsets)
-        reach = _STOCHASTIC_SHARE_REACH if offsets is None else _SHARE_REACH
-        return _within(torch.where(code == _zero(bits), 0.0, each * (unit / reach)), unit, dtype)
-    if stochastic:
-        place = torch.where(code == _zero(bits), 0.0, code + 0.5)
-        return _within(place / _stochastic_reach(bits) * unit, unit, dtype)
-    values = _of_even(code, unit, bits) if bits >= _EVEN_BITS else _of_bent(code, unit, bits)
-    return torch.where(code == _zero(bits), 0.0, values).to(dtype)
+@dataclass(frozen=True)
+class _Form:
+    """What codes stand for; arguments as of :func:`decode_values`."""
 
+    bits: int
+    dtype: torch.dtype
+    stochastic: bool
+    shares: bool
 
-def _within(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of a dtype: the last level is a little above the largest element, which may be the dtype's largest."""
-    most = torch.finfo(dtype).max
-    return torch.where(scale.abs() < float("inf"), values.clamp(-most, most), values).to(dtype)
+    def offsets(self, blocks: Tensor, before: int = 0) -> Tensor | None:
+        """What shares were dithered by, for each element of blocks."""
+        return fixed(blocks, unit_of(self.bits), before) if self.shares and not self.stochastic else None
+
+    def values(self, code: Tensor, scale: Tensor, offsets: Tensor | None) -> Tensor:
+        """The values, with the scales of their blocks."""
+        unit = scale.to(torch.float32)
+        if offsets is not None:
+            values = shares_of(code, self.bits, offsets) * unit
+        elif self.shares:
+            values = random_shares_of(code, self.bits) * (unit / _STOCHASTIC_SHARE_REACH)
+        elif self.stochastic:
+            values = (code + 0.5) / _stochastic_reach(self.bits) * unit
+        else:
+            values = (_of_even if self.bits >= _EVEN_BITS else _of_bent)(code, unit, self.bits)
+        return torch.where(code == _zero(self.bits), 0.0, values).to(self.dtype)
 
 
 def _of_even(code: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from fewbit_fx.codec.spread import elements_all_over
+from fewbit_fx.torch_private.sizes import sizes_of, statically_known_true
 
 _ELEMENTS = 256
 _WORD = 2**32 - 1
 # Below 2^31, so that a word times one of them is less than 2^63. The last two are after the hash "lowbias32".
 _PLACES = (0x1E3779B1, 0x2545F491, 0x3C6EF372 | 1, 0x5851F42D, 0x4F1BBCDD, 0x6C078965)
 _FIRST, _SECOND = 0x7FEB352D, 0x046CA68B
-_HALF = 2**16 - 1
-_OF_LOW, _OF_HIGH, _OF_BOTH = 0x722F, 0x7C25, 0x7D59  # below 2^15: half a word times one of them is less than 2^31
-_GOLDEN = 40503  # 2^16 over the golden ratio, of which multiples are spread evenly
+_PERIOD = 1021  # blocks: the largest prime of which 32 times it is less than 2^15
+_FLIPPED = 27925  # of 400 numbers the best, by how even the results are for each place in a block
 
 
 @torch.library.custom_op("fewbit_fx::rounding_seed", mutates_args=())
@@ -61,25 +61,29 @@ def uniform(seed: Tensor, x: Tensor, like: Tensor) -> Tensor:
     return (_hash(place & _WORD) >> 8).to(torch.float32) * 2.0**-24
 
 
-def fixed(blocks: Tensor, before: int = 0) -> Tensor:
-    """Numbers from 0 to 2^16, that excluded, which are the same in the forward and the backward: they need no seed.
+def fixed(blocks: Tensor, unit: int, before: int = 0) -> Tensor:
+    """Numbers from 0 to ``unit``, that excluded, which are the same in the forward and the backward: they need no seed.
 
-    Numbers of blocks are independent, as far as one sees. Those of a block's elements are evenly spread. All is done in
-    int32, of which a decode can have many: it computes them for each element.
+    A place times itself, of which some bits are flipped, modulo ``unit``: as if at random, also for places any distance
+    apart, such as of one class in the logits of many tokens. So that products have 31 bits, places start anew after a
+    prime number of blocks. A decode computes this for each element, and as Inductor has it these are few operations.
 
     Args:
-        blocks: Of shape (..., blocks, elements of a block); only shape and device are read.
+        blocks: Of shape (..., blocks, 32); only shape and device are read.
+        unit: A power of two, from 2^19 to 2^23.
         before: How many blocks of the same tensor are before these.
 
     Returns:
         int32 of that shape.
     """
-    *outer, inner = blocks.shape
+    *outer, inner = sizes_of(blocks)
+    end = before + math.prod(outer)
     arange = functools.partial(torch.arange, dtype=torch.int32, device=blocks.device)
-    number = arange(before, before + math.prod(outer)).view(*outer, 1)
-    word = ((number & _HALF) * _OF_LOW) ^ ((number >> 16) * _OF_HIGH)
-    word = ((word ^ (word >> 12)) & _HALF) * _OF_BOTH
-    return (((word ^ (word >> 13)) >> 3) + arange(inner) * _GOLDEN) & _HALF
+    of_block = arange(_PERIOD) * inner
+    if not statically_known_true(end <= _PERIOD):
+        of_block = of_block.repeat(-(-end // _PERIOD))
+    place = of_block[before:end].view(*outer, 1) | arange(inner)  # a sum would be one long index of Inductor's
+    return place * (place ^ _FLIPPED) & (unit - 1)
 
 
 def _of_data(x: Tensor) -> Tensor:

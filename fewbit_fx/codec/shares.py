@@ -15,7 +15,9 @@ Shares that are alike would all be rounded the same way: of a language model tha
 class is much the same for every token. So rounding is dithered, by a number that follows from the element's place
 (``dither.fixed``): it is added before bits are rounded down, and taken off when they are decoded. Whatever the share,
 its error is then as likely to be any of those that rounding to the nearest can have. Codes start at 1 then, for 0 is
-that of the largest, which is as exact as the scale.
+that of the largest, which is as exact as the scale; none is decoded to more than that.
+
+A decode has few operations: beyond some thirty, Inductor writes what is decoded to a GPU's memory before it is used.
 """
 
 from __future__ import annotations
@@ -33,18 +35,17 @@ _BITS_OF_LARGEST = (_ONE << _MANTISSA) + (1 << (_MANTISSA - 8))  # of 1 + 2^-8
 
 
 def share_codes(ratios: Tensor, bits: int, offsets: Tensor) -> Tensor:
-    """The codes of numbers from 0 to 1.
+    """The codes of numbers from 0 to 1 + 2^-7.
 
     Args:
-        ratios: float32 of any shape. All from 1 to 1 + 2^-7 is taken for 1 + 2^-8, and so is what is above, and NaN.
+        ratios: float32 of any shape. All from 1 on, and NaN, has the code of 1 + 2^-8.
         bits: Bits of a code, 2 to 8.
-        offsets: Of the same shape, ``dither.fixed``.
+        offsets: Of the same shape, from 0 to :func:`unit_of` (``dither.fixed``).
 
     Returns:
         Whole numbers from -2^(b-1) to 2^(b-1) - 1, float32 of the same shape.
     """
-    others = _steps_down(ratios, bits, _shifted(offsets, bits)) + 1
-    return _code(torch.where(ratios < 1, others, 0), bits)
+    return _code(torch.where(ratios < 1, _steps_down(ratios, bits, offsets) + 1, 0), bits)
 
 
 def random_share_codes(ratios: Tensor, bits: int, dither: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def random_share_codes(ratios: Tensor, bits: int, dither: Tensor) -> Tensor:
         bits: Bits of a code, 2 to 8.
         dither: A number from 0 to 1 for each.
     """
-    near = _steps_down(ratios, bits, (dither * _unit(bits)).to(torch.int32))
+    near = _steps_down(ratios, bits, (dither * unit_of(bits)).to(torch.int32))
     least, of_zero = _least(bits), 2**bits - 1
     small = torch.where(dither * least < ratios, of_zero - 1, of_zero)
     return _code(torch.where(ratios < least, small.to(torch.int32), near), bits)
@@ -75,32 +76,40 @@ def _code(number: Tensor, bits: int) -> Tensor:
 
 
 def shares_of(codes: Tensor, bits: int, offsets: Tensor) -> Tensor:
-    """The numbers that the codes of :func:`share_codes` stand for, float32 of their shape; that of 0 is not defined."""
-    middle = _unit(bits) // 2 - _shifted(offsets, bits)
-    others = _level(codes - 1, bits) + middle
-    return torch.where(codes == -(2.0 ** (bits - 1)), _BITS_OF_LARGEST, others).view(torch.float32)
+    """The numbers that the codes of :func:`share_codes` stand for; that of 0 is not defined.
+
+    Args:
+        codes: float32 of any shape.
+        bits: Bits of a code.
+        offsets: As they were encoded with.
+
+    Returns:
+        float32 of that shape.
+    """
+    unit = unit_of(bits)
+    middle_of_code_0 = _level_of_code_0(bits) + unit + unit // 2
+    found = middle_of_code_0 - _units(codes, bits) - offsets
+    return found.clamp_max(_BITS_OF_LARGEST).view(torch.float32)
 
 
 def random_shares_of(codes: Tensor, bits: int) -> Tensor:
     """The same of :func:`random_share_codes`."""
-    return _level(codes, bits).view(torch.float32)
+    return (_level_of_code_0(bits) - _units(codes, bits)).view(torch.float32)
 
 
-def _level(codes: Tensor, bits: int) -> Tensor:
-    """The bits of the levels of :func:`_steps_down`, int32."""
-    digits = DIGITS[bits]
-    level: Tensor = ((_ONE << digits) - 2 ** (bits - 1) - codes.to(torch.int32)) << (_MANTISSA - digits)
-    return level
+def _units(codes: Tensor, bits: int) -> Tensor:
+    """So many times :func:`unit_of`, int32."""
+    return codes.to(torch.int32) << (_MANTISSA - DIGITS[bits])
 
 
-def _unit(bits: int) -> int:
+def unit_of(bits: int) -> int:
     """How far apart the bits of levels are."""
     return 1 << (_MANTISSA - DIGITS[bits])
 
 
-def _shifted(offsets: Tensor, bits: int) -> Tensor:
-    """Numbers of 16 bits as parts of a unit."""
-    return offsets << (_MANTISSA - DIGITS[bits] - 16)
+def _level_of_code_0(bits: int) -> int:
+    """The bits of the level that is 2^(b-1) steps below 1."""
+    return (_ONE << _MANTISSA) - (unit_of(bits) << (bits - 1))
 
 
 def _least(bits: int) -> float:

@@ -30,7 +30,7 @@ NORMAL_ERROR = {2: 0.51, 3: 0.202, 4: 0.0912, 5: 0.0429, 6: 0.0204, 7: 0.011, 8:
 # The same with stochastic rounding.
 STOCHASTIC_ERROR = {2: 0.953, 3: 0.324, 4: 0.14, 5: 0.0655, 6: 0.0318, 7: 0.0158, 8: 0.0077}
 # The same of the probabilities of normal logits, dithered and rounded at random.
-SHARES_ERROR = {2: 0.463, 3: 0.151, 4: 0.0742, 5: 0.0371, 6: 0.037, 7: 0.0186, 8: 0.00934}
+SHARES_ERROR = {2: 0.462, 3: 0.1447, 4: 0.0726, 5: 0.0367, 6: 0.0366, 7: 0.0184, 8: 0.0093}
 STOCHASTIC_SHARES_ERROR = {2: 0.396, 3: 0.207, 4: 0.107, 5: 0.0547, 6: 0.0548, 7: 0.0283, 8: 0.015}
 _OPTIONS = {Reader.NORM: "norm_bits", Reader.SOFTMAX: "softmax_bits"}
 
