@@ -74,6 +74,16 @@ def test_errors_of_gradients_are_as_their_bits() -> None:
     assert errors["derivatives, 1 bit"] > errors["derivatives, 3 bits"] > 0  # type: ignore[operator]
 
 
+def test_models_that_share_parameters_have_the_same_error() -> None:
+    """Their modules are their own: drop-ins and checkpoints change them."""
+    shared, method = example(), METHODS["default"]
+    first = FirstGradient(lambda: memory.sharing_parameters(shared), 0)
+    assert first.of(method) == FirstGradient(example, 0).of(method)
+    assert all(parameter.grad is None for parameter in shared.model.parameters())
+    METHODS["drop-ins, 3 bits"].applied(memory.sharing_parameters(shared).model)
+    assert isinstance(shared.model.layers[0].activation, nn.GELU)  # type: ignore[index,union-attr]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["drop-ins, 3 bits", "fp8 e4m3fn", "checkpoint", "budget 0.9", "default, budget 0.9"])
 def test_methods_change_the_gradient_by_their_error_alone(name: str) -> None:

@@ -25,7 +25,7 @@ class FirstGradient:
     """That of a model, by any method.
 
     Args:
-        build: Makes the model, each time with the same weights.
+        build: Makes the model, each time with the same weights, and with no gradients.
         seed: Of dropout.
     """
 
@@ -53,7 +53,9 @@ def _gradient(example: Example, method: Method, seed: int) -> Tensor:
     torch.manual_seed(seed)
     model = _partitioned(example.model, method) if method.compiled else method.applied(example.model)
     example.loss(model(**example.inputs)).backward()
-    return flat_gradient(example.model)
+    gradient = flat_gradient(example.model)
+    example.model.zero_grad()  # its parameters may be those of another
+    return gradient
 
 
 def _partitioned(model: nn.Module, method: Method) -> Callable[..., Any]:

@@ -89,7 +89,7 @@ def measure(cases: Sequence[Settings]) -> list[dict[str, Any]]:
     first, device = cases[0], torch.device(cases[0]["device"])
     methods = [METHODS[settings["method"]] for settings in cases]
     with preparing(), each_compiled_anew(_COMPILATIONS):
-        build = functools.partial(copy.deepcopy, example_of(first))
+        build = functools.partial(sharing_parameters, example_of(first))
         first_gradient = FirstGradient(build, SEED)
         errors = {method.name: first_gradient.of(method) for method in methods}
         steps, memories, failures = {}, {}, {}
@@ -109,6 +109,11 @@ def measure(cases: Sequence[Settings]) -> list[dict[str, Any]]:
         timings = compare({REFERENCE: plain, **steps}, clock=clock_for(device), seconds=len(cases) * first["seconds"])
     found = {name: asdict(Result(memories[name], timings[name], errors[name])) for name in steps}
     return [found.get(m.name) or failures[m.name] for m in methods]
+
+
+def sharing_parameters(example: Example) -> Example:
+    """A copy with the same parameters: those of all methods would not fit beside each other."""
+    return copy.deepcopy(example, {id(parameter): parameter for parameter in example.model.parameters()})
 
 
 def memory_of(step: Step, device: torch.device) -> Memory:
