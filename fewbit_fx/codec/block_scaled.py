@@ -21,11 +21,13 @@ With stochastic rounding, intervals are equally wide at all bits. Magnitudes are
 interval, or to 0, at random, such that the mean over all seeds is x: c is a little smaller, so that nothing lies beyond
 the last middle. Small numbers may then become 0.
 
-Shares of a whole, such as probabilities, have levels and a rounding of their own (``shares``), of c x / s.
+Shares of a whole, such as probabilities, have levels and a rounding of their own (``shares``), of x / s. Those much
+smaller than their block's largest become 0.
 
-Zeros and, if rounded to the nearest, signs of all else are exact: whatever compares x with 0 in the backward decides as
-in the forward. (A number 1e35 times smaller than its block's largest may lose its sign.) In a block with an infinity,
-all is infinite but zeros: a mask of 0 and -inf is exact. In a block with NaN, all is NaN but zeros.
+Zeros and, of all but shares, if rounded to the nearest, signs are exact: whatever compares x with 0 in the backward
+decides as in the forward. (A number 1e35 times smaller than its block's largest may lose its sign.) In a block with an
+infinity, all is infinite but zeros (of shares, but what becomes 0): a mask of 0 and -inf is exact. In a block with NaN,
+all is NaN but zeros.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ def encode_values(
 
 
 def _limited(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Such that no level is beyond what a dtype has, where the last one is above the largest element."""
+    """Small enough that the highest level, which may lie above the largest element, is finite in the dtype."""
     return torch.where(scale < float("inf"), scale.clamp_max(torch.finfo(dtype).max * _NEAR_MOST), scale)
 
 

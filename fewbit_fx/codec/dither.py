@@ -16,6 +16,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from fewbit_fx.codec.bitplanes import WORD_BITS
 from fewbit_fx.codec.spread import elements_all_over
 from fewbit_fx.torch_private.sizes import sizes_of, statically_known_true
 
@@ -64,9 +65,10 @@ def uniform(seed: Tensor, x: Tensor, like: Tensor) -> Tensor:
 def fixed(blocks: Tensor, unit: int, before: int = 0) -> Tensor:
     """Numbers from 0 to ``unit``, that excluded, which are the same in the forward and the backward: they need no seed.
 
-    A place times itself, of which some bits are flipped, modulo ``unit``: as if at random, also for places any distance
-    apart, such as of one class in the logits of many tokens. So that products have 31 bits, places start anew after a
-    prime number of blocks. A decode computes this for each element, and as Inductor has it these are few operations.
+    A place times itself, of which some bits are flipped, modulo ``unit``: as if at random, also for places that are so
+    and so far apart, such as of one class in the logits of many tokens. So that products have 30 bits, places start
+    anew after a prime number of blocks; of places a multiple of 8 * 1021 apart, most numbers are alike. A decode
+    computes this for each element, so it is few operations.
 
     Args:
         blocks: Of shape (..., blocks, 32); only shape and device are read.
@@ -76,13 +78,13 @@ def fixed(blocks: Tensor, unit: int, before: int = 0) -> Tensor:
     Returns:
         int32 of that shape.
     """
-    *outer, inner = sizes_of(blocks)
+    outer = sizes_of(blocks)[:-1]
     end = before + math.prod(outer)
     arange = functools.partial(torch.arange, dtype=torch.int32, device=blocks.device)
-    of_block = arange(_PERIOD) * inner
+    of_block = arange(_PERIOD) * WORD_BITS
     if not statically_known_true(end <= _PERIOD):
         of_block = of_block.repeat(-(-end // _PERIOD))
-    place = of_block[before:end].view(*outer, 1) | arange(inner)  # a sum would be one long index of Inductor's
+    place = of_block[before:end].view(*outer, 1) | arange(WORD_BITS)  # a sum would be one long index of Inductor's
     return place * (place ^ _FLIPPED) & (unit - 1)
 
 

@@ -8,16 +8,20 @@ largest share downwards, and 0:
     k = 127 2^m - (the bits of r as float32, rounded to m of its 23 digits)           r ~ the number of those bits
 
 with r the ratio to that share, and k from 0 to 2^b - 2; 2^b - 1 stands for 0, and for what is smaller. m is b - 4 for 6
-bits and more, which reach down to 2^-16: a share is off by 1.2 % with 8 bits, 4.7 % with 6, whatever its size. Fewer
-bits reach down to 2^-8 and 2^-7. It is a matter of shifts and adds of integers, the same bits on every device.
+bits and more, which reach down to 2^-16: a share is off by 1.2 % with 8 bits, 4.7 % with 6, whatever its size. 5 and 4
+bits reach down to 2^-7 and 2^-6, fewer hardly anywhere. It is a matter of shifts and adds of integers, the same bits on
+every device.
 
 Shares that are alike would all be rounded the same way: of a language model that has just begun, the probability of a
 class is much the same for every token. So rounding is dithered, by a number that follows from the element's place
 (``dither.fixed``): it is added before bits are rounded down, and taken off when they are decoded. Whatever the share,
-its error is then as likely to be any of those that rounding to the nearest can have. Codes start at 1 then, for 0 is
-that of the largest, which is as exact as the scale; none is decoded to more than that.
+the error of its bits is then as likely to be any of those that rounding to the nearest can have. (So is that of the
+share itself, but for those within half a step of a power of two, above which steps are twice as wide: their mean is off
+by up to an eighth of a step.) Codes start at 1 then, for 0 is that of the largest, which is as exact as the scale; none
+is decoded to more than that.
 
-A decode has few operations: beyond some thirty, Inductor writes what is decoded to a GPU's memory before it is used.
+A decode of 8 bits has 25 operations: beyond some thirty, as those of fewer bits have, Inductor writes what is decoded
+to a GPU's memory before it is used.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ _BITS_OF_LARGEST = (_ONE << _MANTISSA) + (1 << (_MANTISSA - 8))  # of 1 + 2^-8
 
 
 def share_codes(ratios: Tensor, bits: int, offsets: Tensor) -> Tensor:
-    """The codes of numbers from 0 to 1 + 2^-7.
+    """The codes of numbers from 0 on, of which those below 1 are not the largest of their block.
 
     Args:
         ratios: float32 of any shape. All from 1 on, and NaN, has the code of 1 + 2^-8.

@@ -29,7 +29,7 @@ from .stored_in_planes import StoredInPlanes, decoded_alone
 NORMAL_ERROR = {2: 0.51, 3: 0.202, 4: 0.0912, 5: 0.0429, 6: 0.0204, 7: 0.011, 8: 0.0055}
 # The same with stochastic rounding.
 STOCHASTIC_ERROR = {2: 0.953, 3: 0.324, 4: 0.14, 5: 0.0655, 6: 0.0318, 7: 0.0158, 8: 0.0077}
-# The same of the probabilities of normal logits, dithered and rounded at random.
+# The same of the probabilities of normal logits, dithered, and below rounded at random.
 SHARES_ERROR = {2: 0.462, 3: 0.1447, 4: 0.0726, 5: 0.0367, 6: 0.0366, 7: 0.0184, 8: 0.0093}
 STOCHASTIC_SHARES_ERROR = {2: 0.396, 3: 0.207, 4: 0.107, 5: 0.0547, 6: 0.0548, 7: 0.0283, 8: 0.015}
 _OPTIONS = {Reader.NORM: "norm_bits", Reader.SOFTMAX: "softmax_bits"}
