@@ -72,7 +72,7 @@ class FewBitConfig:
             two values next to the exact one, such that the mean over all seeds is the exact one. What is linear in it,
             as the gradient of a linear layer's weight is, then has no bias, but a larger error. The seed is that of
             torch.manual_seed, the rank and the data; no generator is advanced. ``bits`` is then 4 or less.
-            Probabilities in place of logits have no bias with either: nearest levels are dithered by place.
+            Probabilities in place of logits have hardly any bias with either: nearest levels are dithered by place.
         recompute: Compute pointwise operations again in the backward where that saves memory.
         min_numel: Tensors of fewer elements are left exact. Elements, 0 or more.
         max_relative_error: What codes are predicted to leave a larger relative error in is left exact: the derivative

@@ -83,11 +83,11 @@ def encode_values(
             exact = _limited(exact, x.dtype)
         scale = exact.to(SCALE_DTYPE)
         divisor = _widened(scale, exact).clamp_max(_MOST_SCALE)
-        if seed is None:
-            codes = _share(wide, divisor, bits, before) if shares else _interval(wide, divisor, bits)
+        dither = None if seed is None else _in_blocks(uniform(seed, x, part))
+        if shares:
+            codes = _share(wide, divisor, bits, before, dither)
         else:
-            dither = _in_blocks(uniform(seed, x, part))
-            codes = (_random_share if shares else _stochastic)(wide, divisor, bits, dither)
+            codes = _interval(wide, divisor, bits) if dither is None else _stochastic(wide, divisor, bits, dither)
         saved += [*pack(codes, bits), scale]
         before += math.prod(scale.shape)
     return saved
@@ -98,13 +98,12 @@ def _limited(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale < float("inf"), scale.clamp_max(torch.finfo(dtype).max * _NEAR_MOST), scale)
 
 
-def _share(blocks: Tensor, scale: Tensor, bits: int, before: int) -> Tensor:
-    found = share_codes(blocks * (1 / scale), bits, fixed(blocks, unit_of(bits), before))
-    return torch.where(blocks == 0, _zero(bits), found)
-
-
-def _random_share(blocks: Tensor, scale: Tensor, bits: int, dither: Tensor) -> Tensor:
-    found = random_share_codes(blocks * (_STOCHASTIC_SHARE_REACH / scale), bits, dither)
+def _share(blocks: Tensor, scale: Tensor, bits: int, before: int, dither: Tensor | None) -> Tensor:
+    """The codes of shares, at random with a dither, else by the places of blocks that so many are before."""
+    if dither is None:
+        found = share_codes(blocks * (1 / scale), bits, fixed(blocks, unit_of(bits), before))
+    else:
+        found = random_share_codes(blocks * (_STOCHASTIC_SHARE_REACH / scale), bits, dither)
     return torch.where(blocks == 0, _zero(bits), found)
 
 
@@ -182,7 +181,7 @@ def decode_values(
     each, before, parts = saved_per_part(bits), 0, list[Tensor]()
     for i in range(0, len(saved), each):
         *codes, scale = saved[i : i + each]
-        parts.append(form.values(unpack(codes, bits), scale, form.offsets(_for_each(scale), before)))
+        parts.append(form.values(unpack(codes, bits), scale, form.offsets(scale, before)))
         before += math.prod(scale.shape)
     return layout.join(parts, like)
 
@@ -197,15 +196,10 @@ def _element_by_element(saved: Sequence[Tensor], form: _Form, layout: PlaneLayou
         return layout.in_memory([blocks], like)
 
     *codes, scale = saved
-    each = _for_each(scale)
-    offsets = form.offsets(each)
+    each = scale.expand(*scale.shape[:-1], WORD_BITS)
+    offsets = form.offsets(scale)
     placed_offsets = None if offsets is None else placed(offsets)
     return form.values(unpack(codes, form.bits, placed), placed(each), placed_offsets)
-
-
-def _for_each(scale: Tensor) -> Tensor:
-    """The scale of a block for each of its elements."""
-    return scale.expand(*scale.shape[:-1], WORD_BITS)
 
 
 @dataclass(frozen=True)
@@ -217,9 +211,9 @@ class _Form:
     stochastic: bool
     shares: bool
 
-    def offsets(self, blocks: Tensor, before: int = 0) -> Tensor | None:
-        """What shares were dithered by, for each element of blocks."""
-        return fixed(blocks, unit_of(self.bits), before) if self.shares and not self.stochastic else None
+    def offsets(self, scale: Tensor, before: int = 0) -> Tensor | None:
+        """What shares were dithered by, for each element of the scale's blocks; None where nothing was."""
+        return fixed(scale, unit_of(self.bits), before) if self.shares and not self.stochastic else None
 
     def values(self, code: Tensor, scale: Tensor, offsets: Tensor | None) -> Tensor:
         """The values, with the scales of their blocks."""

@@ -71,12 +71,12 @@ def fixed(blocks: Tensor, unit: int, before: int = 0) -> Tensor:
     computes this for each element, so it is few operations.
 
     Args:
-        blocks: Of shape (..., blocks, 32); only shape and device are read.
+        blocks: Of shape (..., blocks, any), such as the scales; only shape and device are read.
         unit: A power of two, from 2^19 to 2^23.
         before: How many blocks of the same tensor are before these.
 
     Returns:
-        int32 of that shape.
+        int32 of shape (..., blocks, 32).
     """
     outer = sizes_of(blocks)[:-1]
     end = before + math.prod(outer)
