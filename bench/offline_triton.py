@@ -124,6 +124,7 @@ def gpu_layout() -> Iterator[None]:
         "bitplanes.lanes_for": (1,),
         "packing.packs_bytes": False,
         "block_scaled.packs_bytes": False,
+        "magnitudes.compares_integers": True,
         "encode_decode.takes_signs": False,
         "scheme.takes_signs": False,
         "sampled_levels.takes_signs": False,

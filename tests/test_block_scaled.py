@@ -29,12 +29,13 @@ def relative_error(x: Tensor, bits: int) -> float:
     return float((round_trip(x, bits).double() - x.double()).norm() / x.double().norm())
 
 
-@pytest.mark.parametrize(("bits", "most"), [(8, 0.007), (6, 0.028), (5, 0.045), (4, 0.095), (3, 0.225)])
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.0055), (6, 0.0206), (5, 0.0433), (4, 0.0919), (3, 0.204)])
 def test_the_error_of_a_normal_tensor(bits: int, most: float) -> None:
+    """At most a hundredth above what it is where codes are found with a root, by the formula of the module's text."""
     assert relative_error(torch.randn(1024, 1024), bits) <= most
 
 
-@pytest.mark.parametrize(("bits", "most"), [(6, 0.028), (4, 0.12)])
+@pytest.mark.parametrize(("bits", "most"), [(6, 0.0247), (4, 0.113)])
 def test_the_error_of_a_tensor_with_heavy_tails(bits: int, most: float) -> None:
     x = torch.distributions.StudentT(4.0).sample((1024, 1024))
     assert relative_error(x, bits) <= most

@@ -11,7 +11,8 @@ Up to 6 bits, they get wider towards the largest element, by u(w) = (1 - a) w + 
 
     j = floor(L sign(x) w(c |x| / s))                       x ~ sign(x) u(|j + 1/2| / L) s / c
 
-There is then one interval more on the negative side, which no code is left for otherwise. a = 0.4 and c = 0.985 are
+Codes are found with a polynomial for w, which is off by less than 0.001: a root takes a processor longer. There is then
+one interval more on the negative side, which no code is left for otherwise. a = 0.4 and c = 0.985 are
 near the best of a grid at all of these bits, both for a normal block and for one with heavy tails (Student's t with 4
 degrees of freedom). c is below 1 for two reasons. It keeps the largest element, and the rounding of s, inside of the
 last interval. And it puts that element above the interval's middle, so that what is finite is decoded to what is
@@ -41,6 +42,7 @@ from torch import Tensor
 
 from fewbit_fx.codec.bitplanes import WORD_BITS, PlaneLayout, arranged, plane_layout
 from fewbit_fx.codec.dither import fixed, uniform
+from fewbit_fx.codec.magnitudes import largest, within
 from fewbit_fx.codec.packing import blocks_per_group, pack, packs_bytes, tensors_of_codes, unpack
 from fewbit_fx.codec.shares import random_share_codes, random_shares_of, share_codes, shares_of, unit_of
 from fewbit_fx.torch_private.inductor import keeps_rounding
@@ -49,6 +51,7 @@ SCALE_DTYPE = torch.bfloat16
 CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those whose range the scale has
 _EVEN_BITS = 7  # from which on levels are equally far apart: as good then, and cheaper
 _BEND = 0.4  # a of the module's text
+_INVERSE = (-0.34760191, 1.00765211, -1.2867668, 1.62639235)  # w(u) is the sum of these times u^4, u^3, u^2 and u
 _SHRINK = 1 - 2**-8  # s / m: the largest numbers of float32 are above those of bfloat16
 _BENT_REACH = 0.985 * _SHRINK  # c where intervals differ: what it is of m
 _STOCHASTIC_SHARE_REACH = _SHRINK * (1 - 2**-8)  # c for shares that are rounded at random: they are at most 1
@@ -78,7 +81,7 @@ def encode_values(
     before = 0
     for part in layout.split(x):
         wide = _in_blocks(part).to(torch.float32)
-        exact = (wide.abs().amax(-1, keepdim=True) * _SHRINK).clamp_min(_LEAST_SCALE)
+        exact = (largest(wide) * _SHRINK).clamp_min(_LEAST_SCALE)
         if shares or seed is not None:
             exact = _limited(exact, x.dtype)
         scale = exact.to(SCALE_DTYPE)
@@ -139,19 +142,20 @@ def _interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _even_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
-    last = _zero(bits) - 1
-    return (blocks * (_reach(bits) / scale)).clamp(-last - 1, last).floor()
+    return within(blocks * (_reach(bits) / scale), _zero(bits) * (1 - 2**-12)).floor()
 
 
 def _bent_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
-    magnitude = (blocks * (_BENT_REACH / scale)).abs()
-    magnitude = torch.where(magnitude < 1, magnitude, 1 - 2**-8)  # what is not finite is its scale, whatever its code
-    square = (1 - _BEND) ** 2 + 4 * _BEND * magnitude
-    root = square * square.rsqrt()  # which is one instruction of a GPU; a root is a call
-    share = ((root - (1 - _BEND)) * (1 / (2 * _BEND))).abs()  # of tiny magnitudes rounding is left, of either sign
-    negative = blocks < 0
-    interval = (share * torch.where(negative, _zero(bits) + 1, _zero(bits))).floor()
-    return torch.where(negative, -1 - interval, interval)
+    share = within(blocks * (_BENT_REACH / scale), 1 - 2**-8)
+    size, (mean, half) = share.abs(), _mean_and_half(_zero(bits), _zero(bits) + 1)
+    fourth, third, second, first = (mean * coefficient for coefficient in _INVERSE)
+    place = share * (((fourth * size + third) * size + second) * size + first)
+    return (place - place.abs() * (half / mean)).floor()
+
+
+def _mean_and_half(of_positive: float, of_negative: float) -> tuple[float, float]:
+    """m and h of m x - h |x|, which is x times one number where x is positive, and another where it is negative."""
+    return (of_positive + of_negative) / 2, (of_negative - of_positive) / 2
 
 
 def decode_values(
@@ -181,7 +185,7 @@ def decode_values(
     each, before, parts = saved_per_part(bits), 0, list[Tensor]()
     for i in range(0, len(saved), each):
         *codes, scale = saved[i : i + each]
-        parts.append(form.values(unpack(codes, bits), scale, form.offsets(scale, before)))
+        parts.append(form.values(unpack(codes, bits, form.above_code), scale, form.offsets(scale, before)))
         before += math.prod(scale.shape)
     return layout.join(parts, like)
 
@@ -199,7 +203,7 @@ def _element_by_element(saved: Sequence[Tensor], form: _Form, layout: PlaneLayou
     each = scale.expand(*scale.shape[:-1], WORD_BITS)
     offsets = form.offsets(scale)
     placed_offsets = None if offsets is None else placed(offsets)
-    return form.values(unpack(codes, form.bits, placed), placed(each), placed_offsets)
+    return form.values(unpack(codes, form.bits, form.above_code, placed), placed(each), placed_offsets)
 
 
 @dataclass(frozen=True)
@@ -211,30 +215,36 @@ class _Form:
     stochastic: bool
     shares: bool
 
+    @property
+    def above_code(self) -> float:
+        """What :meth:`values` takes is this much above the codes: the middles of their intervals."""
+        return 0.0 if self.shares else 0.5
+
     def offsets(self, scale: Tensor, before: int = 0) -> Tensor | None:
         """What shares were dithered by, for each element of the scale's blocks; None where nothing was."""
         return fixed(scale, unit_of(self.bits), before) if self.shares and not self.stochastic else None
 
-    def values(self, code: Tensor, scale: Tensor, offsets: Tensor | None) -> Tensor:
-        """The values, with the scales of their blocks."""
+    def values(self, place: Tensor, scale: Tensor, offsets: Tensor | None) -> Tensor:
+        """The values, with the scales of their blocks, of codes and :attr:`above_code`."""
         unit = scale.to(torch.float32)
         if offsets is not None:
-            values = shares_of(code, self.bits, offsets) * unit
+            values = shares_of(place, self.bits, offsets) * unit
         elif self.shares:
-            values = random_shares_of(code, self.bits) * (unit / _STOCHASTIC_SHARE_REACH)
+            values = random_shares_of(place, self.bits) * (unit / _STOCHASTIC_SHARE_REACH)
         elif self.stochastic:
-            values = (code + 0.5) / _stochastic_reach(self.bits) * unit
+            values = place / _stochastic_reach(self.bits) * unit
         else:
-            values = (_of_even if self.bits >= _EVEN_BITS else _of_bent)(code, unit, self.bits)
-        return torch.where(code == _zero(self.bits), 0.0, values).to(self.dtype)
+            values = (_of_even if self.bits >= _EVEN_BITS else _of_bent)(place, unit, self.bits)
+        return torch.where(place == _zero(self.bits) + self.above_code, 0.0, values).to(self.dtype)
 
 
-def _of_even(code: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return (code + 0.5) * (scale * (1 / _reach(bits)))
+def _of_even(middle: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return middle * (scale * (1 / _reach(bits)))
 
 
-def _of_bent(code: Tensor, scale: Tensor, bits: int) -> Tensor:
-    share = (code + 0.5) * torch.where(code < 0, 1 / (_zero(bits) + 1), 1 / _zero(bits))
+def _of_bent(middle: Tensor, scale: Tensor, bits: int) -> Tensor:
+    mean, half = _mean_and_half(1 / _zero(bits), 1 / (_zero(bits) + 1))
+    share = middle * mean - middle.abs() * half
     return ((1 - _BEND) / _BENT_REACH + _BEND / _BENT_REACH * share.abs()) * share * scale  # s / c might be infinite
 
 

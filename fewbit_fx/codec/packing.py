@@ -9,12 +9,14 @@ four words of it, side by side. Codes of 8 bits are bytes on both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fewbit_fx.codec.bitplanes import WORD_BITS
+from fewbit_fx.torch_private.sizes import sizes_of
 
 _BYTE = 8
 _EACH_BYTE = 0x01010101  # times a mask of 8 bits: the mask in each byte of a word
@@ -49,25 +51,27 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
     """
     if bits == _BYTE:
         return [codes.to(torch.int8)]
-    from_zero = codes + 2.0 ** (bits - 1)
     if packs_bytes(codes.device):
-        words = from_zero.to(torch.int8).view(torch.int32)
+        words = (codes + 2.0 ** (bits - 1)).to(torch.int8).view(torch.int32)
         return [_pack_field(_shifted_right(words, below), width) for width, below in _fields(bits)]
-    whole = from_zero.to(torch.int32)
+    whole = codes.to(torch.int32) + 2 ** (bits - 1)  # in this order rounding down is part of the conversion
     return [_words_of_block(_shifted_right(whole, below), width) for width, below in _fields(bits)]
 
 
-def unpack(packed: Sequence[Tensor], bits: int, placed: Callable[[Tensor], Tensor] = lambda blocks: blocks) -> Tensor:
-    """The codes of :func:`pack`, float32.
+def unpack(
+    packed: Sequence[Tensor], bits: int, above: float = 0.0, placed: Callable[[Tensor], Tensor] = lambda blocks: blocks
+) -> Tensor:
+    """The codes of :func:`pack`, and so much above them, float32.
 
     Args:
         packed: Their fields.
         bits: Bits of a code.
+        above: What is added to each.
         placed: Where blocks do not share bytes, a view of what there is for each element, (..., 32), that all else is
             computed of: Inductor's kernels fuse with those of readers if they go through the same dimensions.
     """
     if bits == _BYTE:
-        return placed(packed[0]).to(torch.float32)
+        return placed(packed[0]).to(torch.float32) + above
     widths = [width for width, _ in _fields(bits)]
     if packs_bytes(packed[0].device):
         fields = [_unpack_field(field, width) for field, width in zip(packed, widths, strict=True)]
@@ -77,7 +81,7 @@ def unpack(packed: Sequence[Tensor], bits: int, placed: Callable[[Tensor], Tenso
     for field, (_, below) in zip(fields[:-1], _fields(bits), strict=False):
         whole = whole | (field << below)
     codes = whole.view(torch.int8) if packs_bytes(packed[0].device) else whole
-    return codes.to(torch.float32) - 2.0 ** (bits - 1)
+    return codes.to(torch.float32) - (2.0 ** (bits - 1) - above)
 
 
 def _fields(bits: int) -> list[tuple[int, int]]:
@@ -104,10 +108,22 @@ def _words_of_block(codes: Tensor, width: int) -> Tensor:
 
 def _fields_of_block(words: Tensor, width: int, placed: Callable[[Tensor], Tensor]) -> Tensor:
     """The fields of :func:`_words_of_block`, of shape (..., 32), placed."""
-    place, _ = _places(width, words.device)
     own = words.unsqueeze(-1).expand(*words.shape, WORD_BITS // width).reshape(*words.shape[:-1], WORD_BITS)
-    field: Tensor = (placed(own) >> placed(place.expand(own.shape))) & (2**width - 1)
+    in_its_word = placed(_numbers(own)) & (WORD_BITS // width - 1)
+    field: Tensor = (placed(own) >> in_its_word.to(torch.int32) * width) & (2**width - 1)
     return field
+
+
+def _numbers(blocks: Tensor) -> Tensor:
+    """Of elements, of shape (..., 32), modulo 32: their numbers in the whole tensor, which a kernel's loops count.
+
+    The number of an element in its block is a remainder of that in a row, three quarters of a decode's instructions. Of
+    int64, for tensors of more than 2^31 elements. Over dimensions of symbolic size numbers start anew.
+    """
+    sizes = sizes_of(blocks)
+    first = max((d + 1 for d, size in enumerate(sizes) if not isinstance(size, int)), default=0)
+    counted = sizes[first:]
+    return torch.arange(math.prod(counted), device=blocks.device).view(counted).expand(blocks.shape)
 
 
 def _places(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
