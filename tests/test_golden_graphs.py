@@ -587,14 +587,14 @@ backward
     mm = mm(gradient, permute_1)
     permute_2 = permute(gradient, [1, 0])
   - neg = neg(addmm)
-  + view_3 = decode(fewbit_plane_0_gate_factor, fewbit_plane_1_gate_factor)  # 9 operations
+  + view_3 = decode(fewbit_plane_0_gate_factor, fewbit_plane_1_gate_factor)  # 8 operations
   + neg = neg(view_3)
     exp = exp(neg)
     add = add(exp, 1)
   - div = div(addmm, add)
   - mul = mul(div, addmm_1)
   + div = div(view_3, add)
-  + view_4 = decode(fewbit_plane_2_up_factor, fewbit_plane_3_up_factor)  # 9 operations
+  + view_4 = decode(fewbit_plane_2_up_factor, fewbit_plane_3_up_factor)  # 8 operations
   + mul = mul(div, view_4)
     mm_1 = mm(permute_2, mul)
     sum = sum(gradient, [0], True)

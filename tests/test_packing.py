@@ -24,6 +24,8 @@ def test_codes_come_back(bits: int, as_bytes: bool, seed: int, groups: int) -> N
         torch.manual_seed(seed)
         codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).float()
         packed = pack(codes, bits)
-        assert torch.equal(unpack(packed, bits), codes)
+        placed = None if as_bytes else lambda blocks: blocks.reshape(shape)
+        assert torch.equal(unpack(packed, bits, placed=placed), codes)
+        assert torch.equal(unpack(packed, bits, 0.5, placed), codes + 0.5)
         assert sum(t.numel() * t.element_size() for t in packed) * 8 == codes.numel() * bits
         assert len(packed) == tensors_of_codes(bits)

@@ -1,22 +1,22 @@
 """Encode and decode: a tensor's own values in a few bits, with one scale for each block of 32 elements.
 
-A block is 32 neighbours in memory: mostly features of one token, whose magnitudes are alike. Its scale s is their
-largest magnitude m, in bfloat16: half a bit per element. Half of the codes stand for intervals of positive x, half for
-negative ones, and the last code for 0. x is decoded to the middle of its interval. From 7 bits on, intervals are
-equally wide, L = 2^(b-1) - 1 on either side of 0:
+A block is 32 neighbours in memory: mostly features of one token, whose magnitudes are alike. Its scale s is a multiple
+of their largest magnitude m, in bfloat16: half a bit per element. Half of the codes stand for intervals of positive x,
+half for negative ones, and the last code for 0. x is decoded to the middle of its interval. From 7 bits on, intervals
+are equally wide, L = 2^(b-1) - 1 on either side of 0:
 
-    j = floor(L c x / s)                                    x ~ (j + 1/2) s / (L c)
+    s = m / (c L)               j = floor(x / s)                                x ~ (j + 1/2) s
 
 Up to 6 bits, they get wider towards the largest element, by u(w) = (1 - a) w + a w^2, whose inverse is w:
 
-    j = floor(L sign(x) w(c |x| / s))                       x ~ sign(x) u(|j + 1/2| / L) s / c
+    s = m (1 - a)^2 / (a c)     j = floor(L sign(x) w(c |x| / m))               x ~ sign(x) u(|j + 1/2| / L) m / c
 
-Codes are found with a polynomial for w, which is off by less than 0.001: a root takes a processor longer. There is then
-one interval more on the negative side, which no code is left for otherwise. a = 0.4 and c = 0.985 are
-near the best of a grid at all of these bits, both for a normal block and for one with heavy tails (Student's t with 4
-degrees of freedom). c is below 1 for two reasons. It keeps the largest element, and the rounding of s, inside of the
-last interval. And it puts that element above the interval's middle, so that what is finite is decoded to what is
-finite: masks of attention have the lowest number of a dtype.
+The last is (v + v |v|) s with v = (j + 1/2) a / ((1 - a) L). Codes are found with a polynomial for w, which is off by
+less than 0.001: a root takes a processor longer. There is then one interval more on the negative side, which no code is
+left for otherwise. a = 0.4 and c = 0.985 are near the best of a grid at all of these bits, both for a normal block and
+for one with heavy tails (Student's t with 4 degrees of freedom). c is below 1 for two reasons. It keeps the largest
+element, and the rounding of s, inside of the last interval. And it puts that element above the interval's middle, so
+that what is finite is decoded to what is finite: masks of attention have the lowest number of a dtype.
 
 With stochastic rounding, intervals are equally wide at all bits. Magnitudes are rounded up or down to the middle of an
 interval, or to 0, at random, such that the mean over all seeds is x: c is a little smaller, so that nothing lies beyond
@@ -52,12 +52,13 @@ CODED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those whose ran
 _EVEN_BITS = 7  # from which on levels are equally far apart: as good then, and cheaper
 _BEND = 0.4  # a of the module's text
 _INVERSE = (-0.34760191, 1.00765211, -1.2867668, 1.62639235)  # w(u) is the sum of these times u^4, u^3, u^2 and u
-_SHRINK = 1 - 2**-8  # s / m: the largest numbers of float32 are above those of bfloat16
-_BENT_REACH = 0.985 * _SHRINK  # c where intervals differ: what it is of m
+_BENT_REACH = 0.985  # c where intervals differ
+_BENT_UNIT = (1 - _BEND) ** 2 / _BEND  # u(w) is this times v + v^2
+_SHRINK = 1 - 2**-8  # s / m of shares and at random: the largest numbers of float32 are above those of bfloat16
 _STOCHASTIC_SHARE_REACH = _SHRINK * (1 - 2**-8)  # c for shares that are rounded at random: they are at most 1
 _NEAR_MOST = 1 - 2**-5  # of a dtype's largest: the scale is at most that, where levels are above it
 _EDGE = 0.25  # by how much less than L intervals the largest element is from 0 where they are equally wide
-_LEAST_SCALE = 1e-30  # blocks of smaller numbers are stored as if this were their scale: 1 / s stays finite
+_LEAST = 1e-30  # blocks of smaller numbers are stored as if this were their largest: 1 / s stays finite
 _MOST_SCALE = torch.finfo(SCALE_DTYPE).max  # in place of an infinite scale where 1 / s is computed
 
 
@@ -78,10 +79,10 @@ def encode_values(
         (..., blocks of a group, 1).
     """
     saved = list[Tensor]()
-    before = 0
+    before, of_one = 0, _scale_of_one(bits, shares or seed is not None)
     for part in layout.split(x):
         wide = _in_blocks(part).to(torch.float32)
-        exact = (largest(wide) * _SHRINK).clamp_min(_LEAST_SCALE)
+        exact = (largest(wide) * of_one).clamp_min(_LEAST * of_one)
         if shares or seed is not None:
             exact = _limited(exact, x.dtype)
         scale = exact.to(SCALE_DTYPE)
@@ -94,6 +95,13 @@ def encode_values(
         saved += [*pack(codes, bits), scale]
         before += math.prod(scale.shape)
     return saved
+
+
+def _scale_of_one(bits: int, plain: bool) -> float:
+    """The scale of a block whose largest magnitude is 1; plain is that itself, but for the range of its dtype."""
+    if plain:
+        return _SHRINK
+    return 1 / (_zero(bits) - _EDGE) if bits >= _EVEN_BITS else _BENT_UNIT / _BENT_REACH
 
 
 def _limited(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,11 +150,11 @@ def _interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _even_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return within(blocks * (_reach(bits) / scale), _zero(bits) * (1 - 2**-12)).floor()
+    return within(blocks * (1 / scale), _zero(bits) * (1 - 2**-12)).floor()
 
 
 def _bent_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
-    share = within(blocks * (_BENT_REACH / scale), 1 - 2**-8)
+    share = within(blocks * (_BENT_UNIT / scale), 1 - 2**-8)
     size, (mean, half) = share.abs(), _mean_and_half(_zero(bits), _zero(bits) + 1)
     fourth, third, second, first = (mean * coefficient for coefficient in _INVERSE)
     place = share * (((fourth * size + third) * size + second) * size + first)
@@ -234,18 +242,15 @@ class _Form:
         elif self.stochastic:
             values = place / _stochastic_reach(self.bits) * unit
         else:
-            values = (_of_even if self.bits >= _EVEN_BITS else _of_bent)(place, unit, self.bits)
+            values = (place if self.bits >= _EVEN_BITS else _of_bent(place, self.bits)) * unit
         return torch.where(place == _zero(self.bits) + self.above_code, 0.0, values).to(self.dtype)
 
 
-def _of_even(middle: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return middle * (scale * (1 / _reach(bits)))
-
-
-def _of_bent(middle: Tensor, scale: Tensor, bits: int) -> Tensor:
-    mean, half = _mean_and_half(1 / _zero(bits), 1 / (_zero(bits) + 1))
-    share = middle * mean - middle.abs() * half
-    return ((1 - _BEND) / _BENT_REACH + _BEND / _BENT_REACH * share.abs()) * share * scale  # s / c might be infinite
+def _of_bent(place: Tensor, bits: int) -> Tensor:
+    """v + v |v| of the module's text, of middles of intervals."""
+    mean, half = _mean_and_half(_BEND / (1 - _BEND) / _zero(bits), _BEND / (1 - _BEND) / (_zero(bits) + 1))
+    v = place * mean - place.abs() * half
+    return v + v * v.abs()
 
 
 def block_layout(x: Tensor, bits: int) -> PlaneLayout:
@@ -269,11 +274,6 @@ def _zero(bits: int) -> float:
 def _stochastic_reach(bits: int) -> float:
     """The place of the largest element among values: below the last one, whatever way the scale was rounded."""
     return (_zero(bits) - 0.5) * (1 - 2**-7) * _SHRINK
-
-
-def _reach(bits: int) -> float:
-    """L c where intervals are equally wide: how many of them are as wide as s."""
-    return (_zero(bits) - _EDGE) * _SHRINK
 
 
 def scale_nbytes(x: Tensor, layout: PlaneLayout) -> int:

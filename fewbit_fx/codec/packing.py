@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from fewbit_fx.codec.bitplanes import WORD_BITS
-from fewbit_fx.torch_private.sizes import sizes_of
+from fewbit_fx.torch_private.sizes import sizes_of, statically_known_true
+
+Placed = Callable[[Tensor], Tensor]
 
 _BYTE = 8
+_PAST_INT32 = 2**31
 _EACH_BYTE = 0x01010101  # times a mask of 8 bits: the mask in each byte of a word
 
 
@@ -47,7 +50,7 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
 
     Returns:
         With 8 bits the codes, int8 of their shape. Else for each field one tensor, int32 of shape
-        (..., blocks * width / 8, 8), or, where a block has words of its own, (..., blocks, width).
+        (..., blocks * width / 8, 8), or, where a block has words of its own, (kept dimensions, words), block by block.
     """
     if bits == _BYTE:
         return [codes.to(torch.int8)]
@@ -58,20 +61,23 @@ def pack(codes: Tensor, bits: int) -> list[Tensor]:
     return [_words_of_block(_shifted_right(whole, below), width) for width, below in _fields(bits)]
 
 
-def unpack(
-    packed: Sequence[Tensor], bits: int, above: float = 0.0, placed: Callable[[Tensor], Tensor] = lambda blocks: blocks
-) -> Tensor:
+def unpack(packed: Sequence[Tensor], bits: int, above: float = 0.0, placed: Placed | None = None) -> Tensor:
     """The codes of :func:`pack`, and so much above them, float32.
 
     Args:
         packed: Their fields.
         bits: Bits of a code.
         above: What is added to each.
-        placed: Where blocks do not share bytes, a view of what there is for each element, (..., 32), that all else is
-            computed of: Inductor's kernels fuse with those of readers if they go through the same dimensions.
+        placed: Needed where blocks do not share bytes. Gives what has the elements in their order, in whatever shape,
+            the shape of the result. All is computed in that: Inductor's kernels fuse with those of readers if they go
+            through the same dimensions.
     """
+    if placed is None:
+        assert packs_bytes(packed[0].device) or bits == _BYTE, "words are of elements, wherever these lie"
+        placed = _as_they_are
     if bits == _BYTE:
-        return placed(packed[0]).to(torch.float32) + above
+        codes = placed(packed[0]).to(torch.float32)
+        return codes + above if above else codes
     widths = [width for width, _ in _fields(bits)]
     if packs_bytes(packed[0].device):
         fields = [_unpack_field(field, width) for field, width in zip(packed, widths, strict=True)]
@@ -82,6 +88,10 @@ def unpack(
         whole = whole | (field << below)
     codes = whole.view(torch.int8) if packs_bytes(packed[0].device) else whole
     return codes.to(torch.float32) - (2.0 ** (bits - 1) - above)
+
+
+def _as_they_are(blocks: Tensor) -> Tensor:
+    return blocks
 
 
 def _fields(bits: int) -> list[tuple[int, int]]:
@@ -95,35 +105,38 @@ def _shifted_right(codes: Tensor, by: int) -> Tensor:
 
 
 def _words_of_block(codes: Tensor, width: int) -> Tensor:
-    """The lowest bits of the int32 codes of a block, (..., 32) -> (..., width): so many neighbours as fit share a word.
+    """The lowest bits of int32 codes: so many neighbours as fit share a word, ``width`` words are of a block.
 
-    All are sums over the whole block, which a GPU's kernel has in one loop.
+    All are sums over the whole block, which a GPU's kernel has in one loop. They are in a row then, for the word of an
+    element is found by one division of its number.
     """
     place, number = _places(width, codes.device)
     shifted = (codes & (2**width - 1)) << place
     zero = torch.zeros((), dtype=torch.int32, device=codes.device)
     words = [torch.where(number == i, shifted, zero).sum(-1, keepdim=True, dtype=torch.int32) for i in range(width)]
-    return torch.cat(words, -1)
+    return torch.cat(words, -1).flatten(-3)
 
 
-def _fields_of_block(words: Tensor, width: int, placed: Callable[[Tensor], Tensor]) -> Tensor:
-    """The fields of :func:`_words_of_block`, of shape (..., 32), placed."""
-    own = words.unsqueeze(-1).expand(*words.shape, WORD_BITS // width).reshape(*words.shape[:-1], WORD_BITS)
-    in_its_word = placed(_numbers(own)) & (WORD_BITS // width - 1)
-    field: Tensor = (placed(own) >> in_its_word.to(torch.int32) * width) & (2**width - 1)
+def _fields_of_block(words: Tensor, width: int, placed: Placed) -> Tensor:
+    """The fields of :func:`_words_of_block`, placed."""
+    own = placed(words.unsqueeze(-1).expand(*words.shape, WORD_BITS // width))
+    field: Tensor = (own >> _shifts(words, width, placed)) & (2**width - 1)
     return field
 
 
-def _numbers(blocks: Tensor) -> Tensor:
-    """Of elements, of shape (..., 32), modulo 32: their numbers in the whole tensor, which a kernel's loops count.
+def _shifts(words: Tensor, width: int, placed: Placed) -> Tensor:
+    """By how much the word of each element is shifted, placed.
 
-    The number of an element in its block is a remainder of that in a row, three quarters of a decode's instructions. Of
-    int64, for tensors of more than 2^31 elements. Over dimensions of symbolic size numbers start anew.
+    A multiple, modulo 32, of the element's number in the whole tensor, which a kernel's loops count. Its number in its
+    block is a remainder of that in a row: such were three quarters of a decode's instructions. Over dimensions of
+    symbolic size numbers start anew.
     """
-    sizes = sizes_of(blocks)
-    first = max((d + 1 for d, size in enumerate(sizes) if not isinstance(size, int)), default=0)
-    counted = sizes[first:]
-    return torch.arange(math.prod(counted), device=blocks.device).view(counted).expand(blocks.shape)
+    *outer, count = sizes_of(words)
+    symbolic = 1 + max((d for d, size in enumerate(outer) if not isinstance(size, int)), default=-1)
+    numel = math.prod(outer[symbolic:]) * count * (WORD_BITS // width)
+    dtype = torch.int32 if statically_known_true(numel * width < _PAST_INT32) else torch.int64
+    number = torch.arange(numel, dtype=dtype, device=words.device).expand(*outer[:symbolic], numel)
+    return ((placed(number) * width) & (WORD_BITS - 1)).to(torch.int32)
 
 
 def _places(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
