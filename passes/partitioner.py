@@ -18,17 +18,19 @@ from torch import fx
 
 import fewbit_fx
 from fewbit_fx.config import FewBitConfig
-from fewbit_fx.torch_private.inductor import CustomPartitionerFn, bypass_caches, donate_nothing
+from fewbit_fx.torch_private.inductor import CustomPartitionerFn, bypass_caches, donate_nothing, keep_order
 from fewbit_fx.torch_private.inputs import LivingInputs, are_described, living_inputs
 
 from .cuts import leaner_cuts, own_cut
 from .faults import GRAPH_EXACT, NO_REPORT, Faults, stage
+from .graph import placeholders
 from .original_names import with_original_names
 from .partition import Partition
 from .pipeline import Work, require_pass_names, run_passes
 from .reasons import Cause, Reason
 from .record import GraphRecord, graph_record, unexamined_record
 from .representations import Proposal
+from .rewrite import PREFIX
 from .shared_with_caller import can_be_kept_apart, inputs_not_to_read, keep_apart
 from .splice import copy_module
 
@@ -163,6 +165,9 @@ class FewBitPartitioner(CustomPartitionerFn):
             # Or a backward with retain_graph=True would raise that works with inductor.
             if work.chosen.is_donated_in_part() and not plain.is_donated_in_part():
                 donate_nothing(work.chosen.forward)
+        with stage("the order of the backward"):
+            if any(n.name.startswith(PREFIX) for n in placeholders(work.chosen.backward.graph)):
+                keep_order(work.chosen.backward)
         if work.faults:
             what = "one site of a graph" if len(work.faults) == 1 else f"{len(work.faults)} sites of a graph"
             faults.found.append((f"left {what} exact", work.faults[0]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.compile_fx
 import torch.nn.functional as F
 from helpers import Oracle, TransformerBlock, close_to_oracle, gradients, lora, mlp, oracle_factor
 from torch import Tensor, nn
@@ -236,6 +237,28 @@ def test_graph_breaks_make_several_graphs() -> None:
     report = backend.last_report()
     assert [s.function for s in report.sites] == ["gelu", "silu"]
     assert len(report.graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "own"), [({}, True), ({"reorder_for_peak_memory": True}, False), ({"recipe": "exact"}, False)], ids=str
+)
+def test_a_backward_with_codes_keeps_its_order(
+    options: dict[str, Any], own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor's order for the least peak would decode all layers first, as it counts what no kernel writes."""
+    seen = {}
+
+    def spy(gm: Any, inputs: Any, **kwargs: Any) -> Any:
+        seen["backward" if kwargs.get("is_backward") else "forward"] = torch._inductor.config.reorder_for_peak_memory
+        return compile_fx_inner(gm, inputs, **kwargs)
+
+    compile_fx_inner = torch._inductor.compile_fx.compile_fx_inner
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", spy)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
+    backend = fewbit_fx.backend(min_numel=0, options=options)
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        torch.compile(model, backend=backend)(torch.randn(128, 32)).sum().backward()
+    assert seen == {"forward": True, "backward": not own}
 
 
 @pytest.mark.parametrize("how", ["mode", "options", "backend object"])

@@ -24,6 +24,7 @@ __all__ = [
     "donate_nothing",
     "has_a_budget",
     "inductor_options",
+    "keep_order",
     "keeps_rounding",
     "lays_channels_last",
     "min_cut_rematerialization_partition",
@@ -87,14 +88,37 @@ def compile_with_inductor(
 
     torch's own wrapper resolves the mode and checks option names and types.
     """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
     wrapper: Any = torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call,unused-ignore]
-    wrapper.config["custom_partitioner_fn"] = partitioner
+    patches = {**wrapper.config, "custom_partitioner_fn": partitioner}
+    inner = compile_fx_inner if "reorder_for_peak_memory" in wrapper.config else _in_own_order  # who asks for it has it
     with _donation_by_choice():
-        compiled: Callable[..., Any] = wrapper(gm, list(example_inputs))
-    return compiled
+        compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches)
+    runnable: Callable[..., Any] = compiled
+    return runnable
 
 
 _NOTHING_DONATED = "fewbit_donates_nothing"
+_OWN_ORDER = "fewbit_keeps_its_order"
+
+
+def keep_order(backward: fx.GraphModule) -> None:
+    """Let the kernels of this graph run in its own order, in which what is decoded is so where it is first read.
+
+    Inductor takes of some orders the one whose peak it predicts to be the least. It counts what is within a kernel and
+    never written, as most of a decode is: by that, to decode all layers first made no difference.
+    """
+    backward.meta[_OWN_ORDER] = True
+
+
+def _in_own_order(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    """Inductor's compilation of one graph, where :func:`keep_order` is heard."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    with config.patch(reorder_for_peak_memory=False) if graph.meta.get(_OWN_ORDER) else contextlib.nullcontext():
+        return compile_fx_inner(graph, *args, **kwargs)
 
 
 def donate_nothing(forward: fx.GraphModule) -> None:
