@@ -50,6 +50,7 @@ class FewBitPartitioner(CustomPartitionerFn):
         observe: Called with what the passes found out of each graph. It must change nothing of it.
         modules: The paths of the modules in Dynamo's graph. The option ``skip`` and the reports go by them, and torch's
             own keys have them not.
+        own_order: Whether the kernels of a backward with codes run in the order of its graph.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class FewBitPartitioner(CustomPartitionerFn):
         proposals: Sequence[Proposal] = (),
         observe: Callable[[Work], None] | None = None,
         modules: Sequence[str] = (),
+        own_order: bool = True,
     ) -> None:
         require_pass_names(config.disable)
         self._config = config
@@ -68,6 +70,7 @@ class FewBitPartitioner(CustomPartitionerFn):
         self._proposals = tuple(proposals)
         self._observe = observe
         self._modules = tuple(modules)
+        self._own_order = own_order
         self._is_faulty = False
 
     def __call__(
@@ -135,7 +138,7 @@ class FewBitPartitioner(CustomPartitionerFn):
             sources = _source_hash()
             if sources and None not in theirs:
                 names = hashlib.sha256(repr(self._modules).encode()).hexdigest()
-                graph = f"kept {self._kept_inputs} modules {names}"
+                graph = f"kept {self._kept_inputs} modules {names} own order {self._own_order}"
                 return f"fewbit-fx {sources} {self._config!r} {graph} numpy {numpy.__version__} {theirs}"
         faults.warn()
         return None
@@ -166,7 +169,7 @@ class FewBitPartitioner(CustomPartitionerFn):
             if work.chosen.is_donated_in_part() and not plain.is_donated_in_part():
                 donate_nothing(work.chosen.forward)
         with stage("the order of the backward"):
-            if any(n.name.startswith(PREFIX) for n in placeholders(work.chosen.backward.graph)):
+            if self._own_order and any(n.name.startswith(PREFIX) for n in placeholders(work.chosen.backward.graph)):
                 keep_order(work.chosen.backward)
         if work.faults:
             what = "one site of a graph" if len(work.faults) == 1 else f"{len(work.faults)} sites of a graph"

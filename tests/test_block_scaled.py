@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -107,6 +109,31 @@ def test_what_is_not_finite_stays_so(bits: int, value: float) -> None:
     assert decoded[3, 5].sign().equal(x[3, 5].sign()) or value != value
     assert int((~decoded.isfinite()).sum()) <= 32, "its block alone"
     assert decoded[3, 6] == 0
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("layout", [contextlib.nullcontext, gpu_layout], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
+def test_signs_beside_an_infinity(
+    bits: int, layout: Callable[[], AbstractContextManager[None]], infinity: float
+) -> None:
+    """All of the block is infinite, of its own sign."""
+    x = torch.tensor([infinity, *(sign * 10.0**-n for n in range(1, 16) for sign in (1, -1)), 0.0])
+    with layout():
+        assert torch.equal(round_trip(x, bits), torch.where(x == 0, 0.0, x.sign() * math.inf))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_masks_where_a_cpu_flushes_subnormal_numbers(bits: int) -> None:
+    lowest = torch.where(torch.rand(64, 64) > 0.5, 0.0, torch.finfo(torch.float32).min)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no mode in which it flushes them")
+    try:
+        decoded = round_trip(lowest, bits)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(decoded.sign(), lowest.sign())
+    assert (decoded[lowest < 0] <= 0.5 * torch.finfo(torch.float32).min).all()
 
 
 @pytest.mark.parametrize("bits", BITS)

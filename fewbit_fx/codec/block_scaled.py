@@ -11,12 +11,12 @@ Up to 6 bits, they get wider towards the largest element, by u(w) = (1 - a) w + 
 
     s = m (1 - a)^2 / (a c)     j = floor(L sign(x) w(c |x| / m))               x ~ sign(x) u(|j + 1/2| / L) m / c
 
-The last is (v + v |v|) s with v = (j + 1/2) a / ((1 - a) L). Codes are found with a polynomial for w, which is off by
-less than 0.001: a root takes a processor longer. There is then one interval more on the negative side, which no code is
-left for otherwise. a = 0.4 and c = 0.985 are near the best of a grid at all of these bits, both for a normal block and
-for one with heavy tails (Student's t with 4 degrees of freedom). c is below 1 for two reasons. It keeps the largest
-element, and the rounding of s, inside of the last interval. And it puts that element above the interval's middle, so
-that what is finite is decoded to what is finite: masks of attention have the lowest number of a dtype.
+where L is one more on the negative side, or else a code would be left over. The last is (v + v |v|) s with
+v = (j + 1/2) a / ((1 - a) L). Codes are found with a polynomial for w, which is off by less than 0.001: a root takes a
+processor longer. a = 0.4 and c = 0.985 are near the best of a grid at all of these bits, both for a normal block and
+for one with heavy tails (Student's t with 4 degrees of freedom). With equal intervals c = 1 - 1/(4 L). It is below 1 so
+that the largest element, and the rounding of s, is inside of the last interval, and above its middle or hardly below:
+what is finite is decoded to what is finite, and masks of attention have the lowest number of a dtype.
 
 With stochastic rounding, intervals are equally wide at all bits. Magnitudes are rounded up or down to the middle of an
 interval, or to 0, at random, such that the mean over all seeds is x: c is a little smaller, so that nothing lies beyond
@@ -59,7 +59,7 @@ _STOCHASTIC_SHARE_REACH = _SHRINK * (1 - 2**-8)  # c for shares that are rounded
 _NEAR_MOST = 1 - 2**-5  # of a dtype's largest: the scale is at most that, where levels are above it
 _EDGE = 0.25  # by how much less than L intervals the largest element is from 0 where they are equally wide
 _LEAST = 1e-30  # blocks of smaller numbers are stored as if this were their largest: 1 / s stays finite
-_MOST_SCALE = torch.finfo(SCALE_DTYPE).max  # in place of an infinite scale where 1 / s is computed
+_LIFT = 2.0**8  # 1 / s of the largest numbers is subnormal, which a CPU may be told to take for 0; this times it is not
 
 
 def encode_values(
@@ -86,7 +86,7 @@ def encode_values(
         if shares or seed is not None:
             exact = _limited(exact, x.dtype)
         scale = exact.to(SCALE_DTYPE)
-        divisor = _widened(scale, exact).clamp_max(_MOST_SCALE)
+        divisor = _divisor(_widened(scale, exact))
         dither = None if seed is None else _in_blocks(uniform(seed, x, part))
         if shares:
             codes = _share(wide, divisor, bits, before, dither)
@@ -130,6 +130,11 @@ def _widened(scale: Tensor, exact: Tensor) -> Tensor:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
+def _divisor(scale: Tensor) -> Tensor:
+    """What elements are divided by: where they are infinite whatever their codes say, nothing that hides their sign."""
+    return torch.where(scale < float("inf"), scale, 1.0)
+
+
 def _in_blocks(part: Tensor) -> Tensor:
     """Groups of blocks, shape (..., blocks, 32), of a part of a layout, shape (..., 32, blocks)."""
     return part.reshape(*part.shape[:-2], part.shape[-1], part.shape[-2])
@@ -154,10 +159,11 @@ def _even_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _bent_interval(blocks: Tensor, scale: Tensor, bits: int) -> Tensor:
-    share = within(blocks * (_BENT_UNIT / scale), 1 - 2**-8)
-    size, (mean, half) = share.abs(), _mean_and_half(_zero(bits), _zero(bits) + 1)
-    fourth, third, second, first = (mean * coefficient for coefficient in _INVERSE)
-    place = share * (((fourth * size + third) * size + second) * size + first)
+    unit = _BENT_UNIT / _LIFT
+    lifted = within(blocks * (1 / (scale * (1 / _LIFT))), (1 - 2**-8) / unit)
+    size, (mean, half) = lifted.abs(), _mean_and_half(_zero(bits), _zero(bits) + 1)
+    fourth, third, second, first = (mean * c * unit ** (4 - i) for i, c in enumerate(_INVERSE))
+    place = lifted * (((fourth * size + third) * size + second) * size + first)
     return (place - place.abs() * (half / mean)).floor()
 
 

@@ -33,8 +33,8 @@ def within(x: Tensor, most: float) -> Tensor:
 
     Args:
         x: float32 of any shape.
-        most: The largest magnitude, a positive number of float32 that is not subnormal; infinities take it. NaN may
-            become anything.
+        most: The largest magnitude, a positive number that is normal in float32, where it is rounded down; infinities
+            take it. NaN may become anything.
     """
     if not compares_integers(x.device):
         return x.clamp(-most, most)
@@ -43,5 +43,6 @@ def within(x: Tensor, most: float) -> Tensor:
 
 
 def _bits_of(number: float) -> int:
-    half, exponent = math.frexp(number)  # half is from 0.5 to 1, by whose exponent that of the bits is off
+    """Of float32, rounded down."""
+    half, exponent = math.frexp(number)  # the number is half * 2^exponent, with half from 0.5 to 1
     return (exponent + _EXPONENT_OF_HALF << _MANTISSA) + int((2 * half - 1) * 2**_MANTISSA)

@@ -23,6 +23,8 @@ from fewbit_fx.torch_private.dynamo import compile_id, compiled_callable
 from fewbit_fx.torch_private.inductor import compile_with_inductor, inductor_options
 from fewbit_fx.torch_private.inputs import kept_by_their_makers
 
+_REORDERING = "reorder_for_peak_memory"  # Inductor's option: who gives it, whatever its value, has Inductor's way
+
 
 class FewBitBackend:
     """A backend for ``torch.compile(model, backend=...)``: Inductor, with few-bit saved tensors.
@@ -69,7 +71,9 @@ class FewBitBackend:
         partitioner, file = None, None
         with faults.of("the look at Dynamo's graph", GRAPH_EXACT):
             kept, modules = kept_by_their_makers(gm, example_inputs), module_paths(gm)
-            partitioner = FewBitPartitioner(config, listener.record, kept, self._proposals, listener.observe, modules)
+            partitioner = FewBitPartitioner(
+                config, listener.record, kept, self._proposals, listener.observe, modules, _REORDERING not in options
+            )
         key = partitioner.cache_key() if partitioner else None
         with faults.of("the file of the report", NO_REPORT):
             if key:

@@ -88,13 +88,12 @@ def compile_with_inductor(
 
     torch's own wrapper resolves the mode and checks option names and types.
     """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.compile_fx import compile_fx
 
     wrapper: Any = torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call,unused-ignore]
     patches = {**wrapper.config, "custom_partitioner_fn": partitioner}
-    inner = compile_fx_inner if "reorder_for_peak_memory" in wrapper.config else _in_own_order  # who asks for it has it
     with _donation_by_choice():
-        compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches)
+        compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=_in_own_order, config_patches=patches)
     runnable: Callable[..., Any] = compiled
     return runnable
 
