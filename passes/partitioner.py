@@ -23,14 +23,12 @@ from fewbit_fx.torch_private.inputs import LivingInputs, are_described, living_i
 
 from .cuts import leaner_cuts, own_cut
 from .faults import GRAPH_EXACT, NO_REPORT, Faults, stage
-from .graph import placeholders
 from .original_names import with_original_names
 from .partition import Partition
 from .pipeline import Work, require_pass_names, run_passes
 from .reasons import Cause, Reason
 from .record import GraphRecord, graph_record, unexamined_record
 from .representations import Proposal
-from .rewrite import PREFIX
 from .shared_with_caller import can_be_kept_apart, inputs_not_to_read, keep_apart
 from .splice import copy_module
 
@@ -169,7 +167,7 @@ class FewBitPartitioner(CustomPartitionerFn):
             if work.chosen.is_donated_in_part() and not plain.is_donated_in_part():
                 donate_nothing(work.chosen.forward)
         with stage("the order of the backward"):
-            if self._own_order and any(n.name.startswith(PREFIX) for n in placeholders(work.chosen.backward.graph)):
+            if self._own_order and work.coded:
                 keep_order(work.chosen.backward)
         if work.faults:
             what = "one site of a graph" if len(work.faults) == 1 else f"{len(work.faults)} sites of a graph"

@@ -240,7 +240,7 @@ def test_graph_breaks_make_several_graphs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "own"), [({}, True), ({"reorder_for_peak_memory": True}, False), ({"recipe": "exact"}, False)], ids=str
+    ("options", "own"), [({}, True), ({"reorder-for-peak-memory": True}, False), ({"recipe": "exact"}, False)], ids=str
 )
 def test_a_backward_with_codes_keeps_its_order(
     options: dict[str, Any], own: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -81,8 +81,9 @@ def test_bad_bits_given_to_torch_compile() -> None:
 
 
 def test_a_partitioner_of_the_users_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"custom_partitioner_fn.* not allowed"):
-        fewbit_fx.backend(options={"custom_partitioner_fn": object()})
+    for name in ("custom_partitioner_fn", "custom-partitioner-fn"):
+        with pytest.raises(ValueError, match=rf"{name}.* not allowed"):
+            fewbit_fx.backend(options={name: object()})
 
 
 @pytest.mark.parametrize("version", ["2.10.1", "2.9.0+cu128", "1.13.1"])

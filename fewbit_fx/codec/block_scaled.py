@@ -79,11 +79,12 @@ def encode_values(
         (..., blocks of a group, 1).
     """
     saved = list[Tensor]()
-    before, of_one = 0, _scale_of_one(bits, shares or seed is not None)
+    before, plain = 0, shares or seed is not None
+    of_one = _scale_of_one(bits, plain)
     for part in layout.split(x):
         wide = _in_blocks(part).to(torch.float32)
         exact = (largest(wide) * of_one).clamp_min(_LEAST * of_one)
-        if shares or seed is not None:
+        if plain:
             exact = _limited(exact, x.dtype)
         scale = exact.to(SCALE_DTYPE)
         divisor = _divisor(_widened(scale, exact))
@@ -231,7 +232,7 @@ class _Form:
 
     @property
     def above_code(self) -> float:
-        """What :meth:`values` takes is this much above the codes: the middles of their intervals."""
+        """How much above its code a place is: the middle of an interval."""
         return 0.0 if self.shares else 0.5
 
     def offsets(self, scale: Tensor, before: int = 0) -> Tensor | None:
@@ -239,7 +240,7 @@ class _Form:
         return fixed(scale, unit_of(self.bits), before) if self.shares and not self.stochastic else None
 
     def values(self, place: Tensor, scale: Tensor, offsets: Tensor | None) -> Tensor:
-        """The values, with the scales of their blocks, of codes and :attr:`above_code`."""
+        """The values of places, :attr:`above_code` their codes, with the scales of their blocks."""
         unit = scale.to(torch.float32)
         if offsets is not None:
             values = shares_of(place, self.bits, offsets) * unit

@@ -9,7 +9,6 @@ four words of it, side by side. Codes of 8 bits are bytes on both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -110,10 +109,11 @@ def _words_of_block(codes: Tensor, width: int) -> Tensor:
     All are sums over the whole block, which a GPU's kernel has in one loop. They are in a row then, for the word of an
     element is found by one division of its number.
     """
-    place, number = _places(width, codes.device)
-    shifted = (codes & (2**width - 1)) << place
+    number, in_a_word = torch.arange(WORD_BITS, dtype=torch.int32, device=codes.device), WORD_BITS // width
+    shifted = (codes & (2**width - 1)) << (number % in_a_word * width)
+    word = number // in_a_word
     zero = torch.zeros((), dtype=torch.int32, device=codes.device)
-    words = [torch.where(number == i, shifted, zero).sum(-1, keepdim=True, dtype=torch.int32) for i in range(width)]
+    words = [torch.where(word == i, shifted, zero).sum(-1, keepdim=True, dtype=torch.int32) for i in range(width)]
     return torch.cat(words, -1).flatten(-3)
 
 
@@ -128,22 +128,14 @@ def _shifts(words: Tensor, width: int, placed: Placed) -> Tensor:
     """By how much the word of each element is shifted, placed.
 
     A multiple, modulo 32, of the element's number in the whole tensor, which a kernel's loops count. Its number in its
-    block is a remainder of that in a row: such were three quarters of a decode's instructions. Over dimensions of
-    symbolic size numbers start anew.
+    block is a remainder of that in a row: such were three quarters of a decode's instructions. Over kept dimensions
+    numbers start anew.
     """
-    *outer, count = sizes_of(words)
-    symbolic = 1 + max((d for d, size in enumerate(outer) if not isinstance(size, int)), default=-1)
-    numel = math.prod(outer[symbolic:]) * count * (WORD_BITS // width)
+    *kept, count = sizes_of(words)
+    numel = count * (WORD_BITS // width)
     dtype = torch.int32 if statically_known_true(numel * width < _PAST_INT32) else torch.int64
-    number = torch.arange(numel, dtype=dtype, device=words.device).expand(*outer[:symbolic], numel)
+    number = torch.arange(numel, dtype=dtype, device=words.device).expand(*kept, numel)
     return ((placed(number) * width) & (WORD_BITS - 1)).to(torch.int32)
-
-
-def _places(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each element of a block: how far its field is shifted, and the number of its word."""
-    number = torch.arange(WORD_BITS, dtype=torch.int32, device=device)
-    in_a_word = WORD_BITS // width
-    return (number % in_a_word) * width, number // in_a_word
 
 
 def _pack_field(words: Tensor, width: int) -> Tensor:

@@ -156,13 +156,16 @@ def split_options(options: Mapping[str, Any], config: FewBitConfig) -> tuple[Few
         ValueError: A name that is neither's, or ``custom_partitioner_fn``, which fewbit itself needs.
     """
     ours = {k: v for k, v in options.items() if k in FewBitConfig.option_names()}
-    theirs = {k: v for k, v in options.items() if k not in ours}
-    known = inductor_options()
-    for name, value in theirs.items():
+    theirs, known = dict[str, Any](), inductor_options()
+    for given, value in ((k, v) for k, v in options.items() if k not in ours):
+        name = given.replace("-", "_")  # torch takes either
         if name == "custom_partitioner_fn":
-            raise ValueError(f"option {name!r} is {value!r}; it is not allowed, because fewbit is a partitioner itself")
-        if name.replace("-", "_") not in known:
-            raise ValueError(_unknown_option(name, value, known))
+            raise ValueError(
+                f"option {given!r} is {value!r}; it is not allowed, because fewbit is a partitioner itself"
+            )
+        if name not in known:
+            raise ValueError(_unknown_option(given, value, known))
+        theirs[name] = value
     return config.updated(ours), theirs
 
 
