@@ -12,31 +12,23 @@ alone, so that it runs on both. Source lines are left out: those of the models m
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from functorch.compile import make_boxed_func
 from helpers import autograd_nodes, model_zoo
+from plain_aten import no_kernels
 from test_report_hf import ARCHITECTURES, model_and_inputs
 from torch import Tensor, nn
-from torch._inductor import compile_fx
 
 import fewbit_fx
 
 ROW = ("module", "function", "readers", "shape", "dtype", "action", "reason", "bytes_before", "bytes_after")
 ROW += ("relative_error", "levels", "small")
-
-
-def run_eagerly(graph: torch.fx.GraphModule, _inputs: Sequence[Any], **_kwargs: Any) -> Any:
-    """In place of Inductor's kernels, which follow from the graphs."""
-    return make_boxed_func(graph.forward)
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -83,12 +75,8 @@ def _rows(graph: dict[str, Any]) -> list[dict[str, Any]]:
 def snapshots() -> dict[str, dict[str, Any]]:
     """One of each model at each budget."""
     found = {}
-    no_kernels = mock.patch.object(
-        compile_fx, "compile_fx", functools.partial(compile_fx.compile_fx, inner_compile=run_eagerly)
-    )
     for budget in (1.0, 0.7):
-        settings = {"activation_memory_budget": budget, "enable_autograd_cache": False}
-        with torch._functorch.config.patch(settings), no_kernels:
+        with torch._functorch.config.patch(activation_memory_budget=budget), no_kernels():
             torch.manual_seed(0)
             for name, (model, x) in model_zoo().items():
                 found[f"{name}, budget {budget}"] = snapshot(model, (x,), {})

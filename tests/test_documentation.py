@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import doctest
-import functools
 import importlib
 import pkgutil
 import re
@@ -18,10 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from helpers import autograd_nodes
-from torch import fx, nn
-from torch._inductor import compile_fx
+from plain_aten import no_kernels
+from torch import nn
 
 import fewbit_fx
 from fewbit_fx.config import FewBitConfig
@@ -33,15 +31,9 @@ TEXTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorte
 
 
 @pytest.fixture(autouse=True)
-def _no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_kernels() -> Iterator[None]:
     """Plain ATen in place of generated kernels."""
-
-    def run_eagerly(graph: fx.GraphModule, _inputs: object, **_kwargs: object) -> Any:
-        return make_boxed_func(graph.forward)
-
-    whole = compile_fx.compile_fx
-    monkeypatch.setattr(compile_fx, "compile_fx", functools.partial(whole, inner_compile=run_eagerly))
-    with torch._functorch.config.patch(enable_autograd_cache=False):  # its entries need kernels
+    with no_kernels():
         yield
 
 

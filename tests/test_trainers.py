@@ -20,9 +20,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import plain_aten
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 from torch._inductor import compile_fx
 
@@ -35,14 +35,9 @@ BYTES = ("fewbit/saved_bytes", "fewbit/saved_bytes_inductor")
 
 
 @pytest.fixture
-def no_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_kernels() -> Iterator[None]:
     """Plain ATen in place of generated kernels."""
-
-    def run_eagerly(graph: fx.GraphModule, _inputs: object, **_kwargs: object) -> Any:
-        return make_boxed_func(graph.forward)
-
-    monkeypatch.setattr(compile_fx, "compile_fx", functools.partial(compile_fx.compile_fx, inner_compile=run_eagerly))
-    with torch._functorch.config.patch(enable_autograd_cache=False):  # its entries need kernels
+    with plain_aten.no_kernels():
         yield
 
 
