@@ -142,7 +142,7 @@ def test_thresholds_hold_for_every_value_of_a_dtype(dtype: torch.dtype, compiled
             assert torch.equal(found, exact), ours
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @pytest.mark.usefixtures("eager_kernels")
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", MODULES)
@@ -463,7 +463,7 @@ def test_bytes_held_by_the_allocator(bits: int) -> None:
         assert 0 <= held - x.numel() * bits / 8 <= 64
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(("levels", "kernels"), [("typical", 2), ("sampled", 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_kernels_serve_all_sizes(dtype: torch.dtype, levels: str, kernels: int) -> None:
@@ -488,7 +488,7 @@ def test_compiled_kernels_serve_all_sizes(dtype: torch.dtype, levels: str, kerne
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == kernels
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["inductor", fewbit_fx.backend(recipe="derivatives")], ids=["inductor", "fewbit"])
 def test_within_torch_compile(backend: Any) -> None:
     model = nn.Sequential(

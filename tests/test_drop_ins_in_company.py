@@ -45,13 +45,14 @@ def coded_gradient(x: Tensor, function: Callable[[Tensor], Tensor] = silu) -> Te
     return gradient
 
 
+@pytest.mark.slow
 def test_first_use_under_a_transform(x: Tensor) -> None:
     """The fit and the trace of the derivative happen there, and leave the transform."""
     celu = functools.partial(fewbit_fx.functional.celu, alpha=0.77, levels="typical")
     assert torch.equal(grad(lambda v: celu(v).sum())(x), coded_gradient(x, celu))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_vmap_of_grad(x: Tensor, dim: int) -> None:
     found = vmap(grad(lambda v: silu(v).sum()), in_dims=dim, out_dims=dim)(x)
@@ -98,12 +99,14 @@ def test_a_second_derivative_is_never_silently_zero(x: Tensor) -> None:
         torch.autograd.grad((first + x**2).sum(), x)
 
 
+@pytest.mark.slow
 def test_an_unused_output(x: Tensor) -> None:
     x.requires_grad_()
     for unused in (silu(x), fewbit_fx.functional.prelu(x, torch.ones(1))):
         assert torch.autograd.grad((x * 1).sum() + unused.detach().sum(), x)[0].eq(1).all()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("where", ["forward", "backward", "both"])
 def test_dispatch_modes(x: Tensor, where: str) -> None:
     expected, x = coded_gradient(x), x.requires_grad_()
@@ -121,6 +124,7 @@ def test_dispatch_modes(x: Tensor, where: str) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_selective_checkpointing(x: Tensor) -> None:
     model = nn.Sequential(nn.Linear(70, 30), fewbit_fx.nn.GELU(levels="typical"), nn.Linear(30, 5))
     (expected,) = torch.autograd.grad(model(x).square().sum(), model[0].weight)
@@ -173,7 +177,7 @@ def in_place_before(v: Tensor) -> Tensor:
     return v.tanh()
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("function", [in_place_at_once, in_place_before])
 def test_functions_in_place(function: Callable[[Tensor], Tensor], compiled: bool) -> None:

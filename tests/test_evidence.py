@@ -186,6 +186,7 @@ def test_cases_of_one_process_are_measured_together(tmp_path: Path, monkeypatch:
     assert processes == [["a", "b"], ["c"], ["d"], ["b"]]
 
 
+@pytest.mark.slow
 def test_methods_take_turns_in_one_process(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where one that fails costs no other."""
     methods = "inductor", "checkpoint", "exact"

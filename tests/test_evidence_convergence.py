@@ -200,16 +200,19 @@ def error_of(method: str, task: str = SILU) -> float:
     return error
 
 
+@pytest.mark.slow
 def test_more_bits_err_less() -> None:
     few, many = error_of("derivatives, 1 bit"), error_of("derivatives, 4 bits")
     assert 0 < many < few / 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("perceptron")
 def test_a_method_without_graphs_is_measured_by_its_own_step() -> None:
     assert 0 < error_of("drop-ins, 3 bits") < 0.2
 
 
+@pytest.mark.slow
 def test_relu_has_nothing_to_approximate() -> None:
     """But a convolution sums in another order where its gradient lies with channels last, as a mask's codes have it."""
     assert error_of("derivatives, 3 bits", RELU) < 1e-6

@@ -110,6 +110,7 @@ def run(model: nn.Module, x: Tensor, config: fewbit_fx.FewBitConfig) -> tuple[Te
     return result, fewbit_fx.Report(tuple(records))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_report_says_what_is_really_held_across_graph_breaks(name: str) -> None:
     model, x = Broken(*BROKEN[name]), torch.randn(256, 64)
@@ -145,7 +146,7 @@ class Layers(Broken):
         return self.a(x).square().mean()
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(list(LAYERS)), min_size=3, max_size=8))
 def test_never_more_than_inductor_across_graph_breaks(names: list[str]) -> None:
     """A break within the loop lets Dynamo compile each layer by itself, once for all calls of it."""
@@ -206,6 +207,7 @@ RETAINED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("name", RETAINED)
 def test_a_graph_can_be_retained_wherever_inductor_can(name: str) -> None:

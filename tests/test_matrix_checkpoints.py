@@ -87,6 +87,7 @@ def test_selective_checkpoint(policy: Policy, plain: int | None) -> None:
         assert recording.fewbit_bytes - least < (recording.plain_bytes - least) / 2 + most
 
 
+@pytest.mark.slow
 def test_hugging_face_gradient_checkpointing() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=1, n_embd=64, n_head=4, vocab_size=128, resid_pdrop=0.2)

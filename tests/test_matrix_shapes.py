@@ -57,11 +57,13 @@ def rows(*sizes: int) -> list[Callable[[], Tensor]]:
 # Line 1: dynamic shapes.
 
 
+@pytest.mark.slow
 def test_a_changing_batch_of_1_too_is_compiled_anew_or_for_all_sizes() -> None:
     found = compare(calls(rows(48, 33, 1)))
     assert len(found["lean"].records) == 3, "static, for all sizes, and for 1"
 
 
+@pytest.mark.slow
 def test_mark_dynamic_gives_one_graph_for_all_sizes() -> None:
     def marked() -> Tensor:
         x = torch.randn(48 + int(torch.randint(9, ())), 32)
@@ -121,6 +123,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VIEWS)
 def test_strides_of_activations(name: str) -> None:
     class Strided(nn.Module):
@@ -213,6 +216,7 @@ IN_PLACE: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_writing_in_place_within_the_model(name: str) -> None:
     def scenario(compile: Compile) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -227,6 +231,7 @@ def test_writing_in_place_within_the_model(name: str) -> None:
 # Line 11: other dtypes.
 
 
+@pytest.mark.slow
 def test_complex_integer_and_boolean_tensors_beside_coded_ones() -> None:
     class Mixed(SwiGLU):
         def __init__(self) -> None:

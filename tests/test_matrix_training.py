@@ -9,18 +9,19 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers import mlp
 from scenarios import CONFIGS, LEAN, Compile, compare, run
 from test_matrix_shapes import FROZEN, Net, gradients
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fewbit_fx
 from fewbit_fx import FewBitConfig
 from fewbit_fx.passes.partitioner import FewBitPartitioner
-from fewbit_fx.torch_private.inductor import partition_only
+from fewbit_fx.torch_private.inductor import GraphRun, partition_only
 from fewbit_fx.torch_private.inputs import kept_by_their_makers
 
 Scenario = Callable[[Compile], Any]
@@ -47,6 +48,7 @@ class Breaking(Net):
         return self.b(gate * torch.tanh(h))
 
 
+@pytest.mark.slow
 def test_graph_breaks_before_an_activation_within_a_call_and_before_a_product() -> None:
     def scenario(compile: Compile) -> Any:
         model, x = Breaking(), x_of().requires_grad_()
@@ -125,6 +127,7 @@ def test_nothing_is_coded_without_gradients_and_training_goes_on_behind_it() -> 
 # Line 9: freezing.
 
 
+@pytest.mark.slow
 def test_a_frozen_layer_is_compiled_anew_and_what_only_it_read_is_coded_otherwise() -> None:
     def scenario(compile: Compile) -> Any:
         model = mlp(nn.GELU())
@@ -194,6 +197,7 @@ def _gradients_after_overflow(compiled: Callable[..., Any], model: Overflowing, 
     return found
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_where_those_of_inductor_are() -> None:
     """So GradScaler skips the same steps."""
     dtype = torch.float16
@@ -266,6 +270,7 @@ class Rectified(nn.Module):
         return self.b(F.relu(self.a(x))) * scale
 
 
+@pytest.mark.slow
 def test_model_compile_by_name_is_bit_for_bit_a_lambda_by_inductor() -> None:
     """With kernels. (Of an nn.Sequential, model.compile compiles nothing.)"""
     model, x = Rectified(), x_of(rows=64)
@@ -283,6 +288,24 @@ def test_a_partial_as_one_graph() -> None:
         return [y], gradients(model, y)
 
     compare(scenario)
+
+
+def test_a_graph_that_runs_in_plain_aten_leaves_what_another_thread_traces_alone() -> None:
+    """What torch notes of the node being traced is global."""
+    graph, seen = fx.Graph(), list[object]()
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(fx.traceback.get_current_meta())
+        return x
+
+    node = graph.call_function(look, (graph.placeholder("x"),))
+    node.meta["of"] = "this graph"
+    graph.output(node)
+    with fx.traceback.preserve_node_meta():
+        of_another_thread = fx.traceback.get_current_meta()
+        GraphRun(fx.GraphModule({}, graph)).run(torch.ones(2))
+    assert seen == [of_another_thread]
+    assert seen[0] is of_another_thread
 
 
 def test_two_threads_that_compile_at_once() -> None:

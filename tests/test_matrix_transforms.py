@@ -223,6 +223,7 @@ def test_compiled_autograd() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_modes(mode: str) -> None:
     """A product may sum in another order, so that codes would differ: the mask of a ReLU is exact."""

@@ -115,7 +115,7 @@ def drop_in_levels(name: str, sample: Sample) -> tuple[float, ...] | None:
         return None
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize(("name", "dtype"), supported(torch.float32, torch.bfloat16))
 def test_backend(name: str, dtype: torch.dtype) -> None:
     """The backend's graphs in plain ATen; the forward and one-bit gradients equal those without fewbit."""

@@ -96,6 +96,7 @@ def test_explain_does_not_recompile_a_compiled_model() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == count
 
 
+@pytest.mark.slow
 def test_explain_many_times() -> None:
     model, x = mlp(nn.GELU()), torch.randn(128, 32)
     assert {fewbit_fx.explain(model, x).fewbit_bytes for _ in range(12)} == {fewbit_fx.explain(model, x).fewbit_bytes}

@@ -76,7 +76,7 @@ def config(recipe: str) -> FewBitConfig:
     return FewBitConfig(recipe=recipe, strict=True, min_numel=0)
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("recipe", ["default", "lean"])
@@ -93,6 +93,7 @@ def test_channels_of_keys_that_are_large(recipe: str, fused: bool, rotation: str
     assert 0 < max(p.relative_error for p in found.parameters) <= 0.05, "where keys were coded, 9 to 45 %"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("rotation", ROTATIONS)
 @pytest.mark.parametrize("fused", [False, True])
 def test_which_tensors_are_exact(fused: bool, rotation: str) -> None:
@@ -101,6 +102,7 @@ def test_which_tensors_are_exact(fused: bool, rotation: str) -> None:
     check_sums(seen.record)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     "options", [{"bias": False}, {"rotation": "not_at_all"}, {"normed": True}], ids=["no bias", "no rotation", "a norm"]

@@ -37,6 +37,7 @@ def captured_sizes() -> Iterator[None]:
         yield
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("captured_sizes")
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -107,7 +108,7 @@ def test_jagged_tensors(name: str) -> None:
     assert reasons <= unknown or name in ("relu", "gelu")
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("width", [63, 64])
 @pytest.mark.parametrize("norm", [False, True])

@@ -36,6 +36,7 @@ class Sink(nn.Module):
         return (y * torch.linspace(-1, 1, 32)).square().mean()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.01), (6, 0.02)])
 def test_a_head_that_looks_at_one_token(bits: int, most: float, narrow: torch.dtype) -> None:

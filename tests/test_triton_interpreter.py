@@ -184,7 +184,7 @@ MORE = {  # of what others test
 CHOSEN = [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in CASES]
 
 
-@pytest.mark.one_in(6)
+@pytest.mark.one_in(12)
 @pytest.mark.parametrize("name", CHOSEN)
 def test_codes_are_those_of_plain_aten_and_gradients_too(name: str, interpret: Interpret) -> None:
     check(run(name), interpret, exact=not CASES[name].sums, config=-1)

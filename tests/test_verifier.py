@@ -24,6 +24,7 @@ def batch(rows: int = 64) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 32), torch.randn(rows, 16)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("recipe", ["derivatives", "default", "lean"])
 def test_errors_are_those_of_a_compiled_step(recipe: str) -> None:
     model, (x, y) = mlp(nn.GELU(), width=256), batch(128)
@@ -180,6 +181,7 @@ def test_verdicts(found: Verification, verdict: str) -> None:
     assert str(found).endswith(found.verdict)
 
 
+@pytest.mark.slow
 def test_the_table_begins_with_the_worst() -> None:
     config = fewbit_fx.FewBitConfig(recipe="lean")
     model = nn.Sequential(*(TransformerBlock() for _ in range(2)))
