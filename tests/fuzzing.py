@@ -37,7 +37,7 @@ from fewbit_fx.torch_private.modes import mode_of
 from fewbit_fx.torch_private.sizes import hint, is_symbol
 
 BATCH, TOKENS, WIDTH, HEADS, CLASSES, CHANNELS = 2, 32, 64, 4, 16, 8
-GRAPHS = int(os.environ.get("FUZZ", "12"))
+GRAPHS = int(os.environ.get("FUZZ", "24"))
 LARGE = 0.1  # of a gradient, from codes of 8 bits: 0.6 % of values, over a few layers
 CLOSE = 1e-4  # of a gradient: what float32 rounds differently where strides, and so the order of sums, differ
 

@@ -125,7 +125,7 @@ def test_random_models(case: Case) -> None:
     check(case)
 
 
-@random_examples(GRAPHS // 4)
+@random_examples(GRAPHS // 8)
 @given(cases())
 @example(WAVES)
 def test_codes_of_8_bits_change_a_gradient_by_little(case: Case) -> None:

@@ -146,7 +146,7 @@ class Layers(Broken):
         return self.a(x).square().mean()
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(list(LAYERS)), min_size=3, max_size=8))
 def test_never_more_than_inductor_across_graph_breaks(names: list[str]) -> None:
     """A break within the loop lets Dynamo compile each layer by itself, once for all calls of it."""

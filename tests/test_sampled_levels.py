@@ -187,7 +187,7 @@ def test_what_is_not_finite_spoils_no_level() -> None:
     assert fitted.levels.isfinite().all()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=60)
 @given(
     name=st.sampled_from([*SMOOTH, *OTHERS]),
     shape=st.lists(st.integers(1, 40), min_size=0, max_size=4),

@@ -169,7 +169,7 @@ def test_what_is_computed_of_it_is_saved_in_its_place() -> None:
         assert not written & saved_input_names(partition)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(list(STEPS)), min_size=2, max_size=6), st.integers(0, 5))
 def test_any_computation_with_a_buffer_that_the_graph_writes_to(names: list[str], write_after: int) -> None:
     """torch.compile has a wrong gradient in most of these (torch 2.13). Where eager PyTorch has none, it forbids."""
@@ -183,7 +183,7 @@ def test_any_computation_with_a_buffer_that_the_graph_writes_to(names: list[str]
         check(model, x, nothing)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(list(STEPS)), min_size=2, max_size=6))
 def test_any_computation_with_a_buffer_that_is_written_to_afterwards(names: list[str]) -> None:
     """Where torch.compile's own cut has eager PyTorch's gradient, so has ours."""
